@@ -1,0 +1,92 @@
+"""Mixture of experts against a dense gated feed-forward of the same active FLOPs, forward and backward.
+
+    python benchmarks/moe.py [--backend cpu] [--repeats 7]
+
+On one CPU thread, fp32, in one process, the contenders taking turns so that the machine's mood meets all of
+them. The layer's time includes router, sorting, gathering, and both auxiliary losses. Prints medians of CPU
+time, and the layer's speed as a fraction of the dense one's. The allocator is told to keep freed memory, as
+the trainer tells it: otherwise both sides mostly measure page faults.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+import torch.nn.functional as F
+
+from model.config import MoEConfig
+from model.moe.backends import choose_backend
+from model.moe.layer import MoELayer
+
+CASES = [  # tokens, width, ffn, top-k, experts
+    (4096, 512, 1024, 2, (8, 32)),
+    (4096, 512, 1024, 1, (8, 32)),
+    (1500, 192, 256, 2, (4, 8)),
+    (1500, 192, 384, 2, (4, 8)),
+]
+
+
+def dense_step(tokens: int, width: int, ffn: int) -> Callable[[], object]:
+    """One forward and backward of silu(x w1) * (x w3) w2."""
+    x = torch.randn(tokens, width, requires_grad=True)
+    w1, w2, w3 = ((torch.randn(ffn, width) * width ** -0.5).requires_grad_() for _ in range(3))
+    grad = torch.randn(tokens, width)
+    return lambda: torch.autograd.grad((F.silu(x @ w1.t()) * (x @ w3.t())) @ w2, (x, w1, w2, w3), grad)
+
+
+def moe_step(tokens: int, width: int, config: MoEConfig) -> Callable[[], object]:
+    """One forward and backward of the layer and its losses, for tokens of four packed rows."""
+    layer = MoELayer(width, config)
+    layer.init_weights(seed=0, layer_index=0)
+    x = torch.randn(tokens, width, requires_grad=True)
+    row = torch.arange(tokens) * 4 // tokens
+    grads = [torch.randn(tokens, width), torch.ones(()), torch.ones(())]
+
+    def step() -> object:
+        y, aux = layer(x, row, 4)
+        return torch.autograd.grad([y, aux.balance_sum, aux.z_sum], [x, *layer.parameters()], grads)
+    return step
+
+
+def medians(steps: list[Callable[[], object]], repeats: int) -> list[float]:
+    """Median CPU milliseconds of each step."""
+    for step in steps:
+        step()
+    times: list[list[float]] = [[] for _ in steps]
+    for _ in range(repeats):
+        for step, own in zip(steps, times, strict=True):
+            start = time.thread_time()
+            step()
+            own.append(1e3 * (time.thread_time() - start))
+    return [statistics.median(own) for own in times]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--repeats", type=int, default=7)
+    arguments = parser.parse_args()
+    keep_freed_memory()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    print("tokens width  ffn k experts backend     dense ms   moe ms  moe/dense speed")
+    for tokens, width, ffn, top_k, experts in CASES:
+        configs = [MoEConfig(experts=e, top_k=top_k, ffn=ffn, backend=arguments.backend) for e in experts]
+        backend, _ = choose_backend(arguments.backend, "cpu", torch.float32, width, ffn)
+        dense, *ours = medians([dense_step(tokens, width, top_k * ffn),
+                                *(moe_step(tokens, width, config) for config in configs)], arguments.repeats)
+        for config, own in zip(configs, ours, strict=True):
+            print(f"{tokens:6} {width:5} {ffn:4} {top_k} {config.experts:7} {backend:10} {dense:9.1f} {own:8.1f}  "
+                  f"{dense / own:.2f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Shape and mechanism of the model: every switch of the network and of the diffusion, with its meaning.
+
+Presets and recipes (`trainer/presets.py`) only choose values here; there is one implementation behind them.
+`validate()` refuses what cannot work, naming the key.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from model.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionConfig:
+    """Sliding window + dilation + global tokens; exact definition in `model/attention/pattern.py`."""
+
+    heads: int = 4
+    """Attention heads of a layer; they divide `model.width`."""
+    window: int | list[int] = 128
+    """Even W: W/2 steps to each side (W + 1 keys with the query itself). [left, right]: each side by itself."""
+    dilation: str | list = "1"
+    """Step of the window, by layer and head. Layers are separated by `|` and repeat; within a layer, the values
+    separated by commas share the heads equally. "1" is a plain window; "1|2" alternates; "1|1,4" dilates half
+    of the heads of every second layer. The same as a list: [1], [1, 2], [1, [1, 4]]."""
+    global_tokens: str = "none"
+    """none, `prefix:k` (the first k tokens of each document), `separators` (every separator token), `markers`
+    (the first token of each source and of each target), or `positions:0,5,9`. Joined by `+`."""
+    backend: str = "auto"
+    """auto, flash_attn, torch_flash, cpu_band or reference. A name never falls back: it runs or is refused."""
+    rope_base: float = 10000.0
+    """Base of the rotary positions' wavelengths; larger for longer documents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+    """Dropless token-choice mixture of experts in every layer's feed-forward."""
+
+    experts: int = 8
+    """Experts in each layer; 1 is a dense feed-forward."""
+    top_k: int = 2
+    """Experts that each token passes."""
+    ffn: int = 1024
+    """Hidden width of one expert."""
+    gated: bool = True
+    """Gated experts, w2(silu(w1 x) * w3 x); otherwise w2 gelu(w1 x)."""
+    normalize: bool = True
+    """Divide the chosen experts' weights by their sum."""
+    jitter: float = 0.0
+    """The router's input is multiplied by uniform noise in [1 - jitter, 1 + jitter] while training."""
+    shared_ffn: int = 0
+    """Hidden width of an expert that every token passes; 0 for none."""
+    balance_weight: float = 0.01
+    """Weight of the load-balancing loss, which is 1 where all experts are used equally. 0: off."""
+    z_weight: float = 0.001
+    """Weight of the router's z loss, which keeps its logits small. 0: off."""
+    backend: str = "auto"
+    """auto, grouped_mm, reference."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DiffusionConfig:
+    """Noise, prediction and loss. Equations: `docs/diffusion.md`."""
+
+    schedule: str = "log_snr"
+    """log_snr: the log signal-to-noise ratio falls linearly in t over `log_snr_range`; sqrt: DiffuSeq's; cosine."""
+    log_snr_range: list[float] | str = "auto"
+    """[noisiest, cleanest] of log(alpha^2 / sigma^2). auto: where a token of this vocabulary and embedding width
+    passes from unknown to known, log(2 ln V / E) - 1.3 with 2.5 to each side. Only with schedule = log_snr."""
+    time_sampling: str = "stratified"
+    """stratified: one draw in each of N equal slices of time over the N copies of the global batch; uniform."""
+    absorbing: float = 0.5
+    """gamma: a target token is replaced by the absorbing vector with probability gamma * sigma_t. 0: plain
+    Gaussian diffusion."""
+    loss: str = "cross_entropy"
+    """cross_entropy of the prediction, or mse between predicted and true embedding (with the cross-entropy of
+    rounding the true embedding)."""
+    conditioning: str = "cached"
+    """cached: a source sees neither target nor time, so it is computed once for all steps and draws; joint:
+    source and target see each other through the same window."""
+    self_conditioning: float = 0.0
+    """Probability of training with the model's own first estimate as a second input; 0 removes the input."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The denoiser: embeddings, local mixing, `layers` blocks of sparse attention and MoE, output head."""
+
+    vocab_size: int = 0
+    """0: taken from the tokenizer."""
+    embed_dim: int = 64
+    """E, the width of the token embeddings that are diffused."""
+    width: int = 256
+    """D, the width of the network."""
+    layers: int = 4
+    """Blocks of attention and experts."""
+    time_dim: int = 128
+    """Width of the embedding of the noise level."""
+    input: str = "bayes"
+    """bayes: the network is fed the embedding expected from the noisy one alone (context-free posterior); noisy:
+    the noisy embedding itself, scaled to unit variance."""
+    bayes_skip: bool = True
+    """Add the context-free posterior's log-probabilities to the output logits, so that the network only learns
+    what context adds."""
+    local_mixing: int = 5
+    """Width (odd) of a convolution over neighbouring inputs before the first layer; 0 for none."""
+    attention: AttentionConfig = field(default_factory=AttentionConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    pad_id: int = 3
+    """Id of the filler behind a text; a run takes all three from its vocabulary."""
+    eos_id: int = 2
+    """Id of the token that ends a source and a target."""
+    bos_id: int = 1
+    """Id of the token that begins a source."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.width // self.attention.heads
+
+    def log_snr_range(self) -> tuple[float, float]:
+        """(noisiest, cleanest) log-SNR of the log_snr schedule."""
+        if self.diffusion.log_snr_range != "auto":
+            low, high = self.diffusion.log_snr_range
+            return float(low), float(high)
+        centre = math.log(2 * math.log(self.vocab_size) / self.embed_dim) - 1.3
+        return centre - 2.5, centre + 2.5
+
+    def validate(self) -> None:
+        """Refuses impossible values with ConfigError. The pattern's own strings are checked where they are parsed."""
+        def need(ok: bool, key: str, problem: str) -> None:
+            if not ok:
+                raise ConfigError(key, problem)
+
+        a, m, d = self.attention, self.moe, self.diffusion
+        for key, value in (("model.embed_dim", self.embed_dim), ("model.width", self.width),
+                           ("model.layers", self.layers), ("model.time_dim", self.time_dim),
+                           ("model.attention.heads", a.heads), ("model.moe.experts", m.experts),
+                           ("model.moe.ffn", m.ffn)):
+            need(value > 0, key, f"must be positive, not {value}")
+        need(self.vocab_size > 0, "model.vocab_size", "is not known: give a tokenizer or a positive number")
+        need(self.width % a.heads == 0, "model.attention.heads",
+             f"{a.heads} heads do not divide model.width = {self.width}")
+        need(self.head_dim % 8 == 0, "model.attention.heads",
+             f"width {self.width} / {a.heads} heads gives head width {self.head_dim}; it must be a multiple of 8")
+        need(self.time_dim % 2 == 0, "model.time_dim", f"must be even, not {self.time_dim}")
+        need(1 <= m.top_k <= m.experts, "model.moe.top_k",
+             f"{m.top_k} of {m.experts} experts: must lie between 1 and model.moe.experts")
+        need(0 <= m.jitter < 1, "model.moe.jitter", f"must lie in [0, 1), not {m.jitter}")
+        need(m.shared_ffn >= 0, "model.moe.shared_ffn", f"must be 0 or positive, not {m.shared_ffn}")
+        need(self.local_mixing == 0 or self.local_mixing % 2 == 1, "model.local_mixing",
+             f"must be odd, or 0 for none, not {self.local_mixing}")
+        choices = {"model.input": (self.input, ("bayes", "noisy")),
+                   "model.diffusion.schedule": (d.schedule, ("log_snr", "sqrt", "cosine")),
+                   "model.diffusion.time_sampling": (d.time_sampling, ("stratified", "uniform")),
+                   "model.diffusion.loss": (d.loss, ("cross_entropy", "mse")),
+                   "model.diffusion.conditioning": (d.conditioning, ("cached", "joint"))}
+        for key, (value, allowed) in choices.items():
+            need(value in allowed, key, f"is '{value}', must be one of {', '.join(allowed)}")
+        need(0 <= d.absorbing <= 1, "model.diffusion.absorbing", f"must lie in [0, 1], not {d.absorbing}")
+        need(0 <= d.self_conditioning <= 1, "model.diffusion.self_conditioning",
+             f"must lie in [0, 1], not {d.self_conditioning}")
+        need(d.loss == "cross_entropy" or not self.bayes_skip, "model.diffusion.loss",
+             "mse predicts an embedding, which has no logits for model.bayes_skip: set that to false")
+        if d.log_snr_range != "auto":
+            need(isinstance(d.log_snr_range, list) and len(d.log_snr_range) == 2
+                 and d.log_snr_range[0] < d.log_snr_range[1], "model.diffusion.log_snr_range",
+                 f"must be auto or [noisiest, cleanest] with noisiest < cleanest, not {d.log_snr_range}")
+            need(d.schedule == "log_snr", "model.diffusion.log_snr_range",
+                 f"only applies to schedule = log_snr, not {d.schedule}")

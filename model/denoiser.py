@@ -1,0 +1,185 @@
+"""The denoiser, top to bottom: input embeddings -> local mixing -> blocks of (sparse attention, MoE) -> hidden states.
+
+It works on a flat packed stream of T tokens. Everything that depends on the layout alone (attention plans, neighbour
+and condition indices) is worked out beforehand on the CPU, in `StreamPlan`, so that the forward pass never waits for
+the device.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention.backends import choose_backend
+from model.attention.composed import sparse_attention
+from model.attention.pattern import global_tokens, layer_patterns
+from model.attention.plan import AttentionPlan, build_plan
+from model.batch import TokenLayout
+from model.config import ModelConfig
+from model.layers import (
+    ModulatedNorm,
+    NoiseLevelEmbedding,
+    gather_neighbours,
+    neighbour_index,
+    rotary_tables,
+    rotate,
+)
+from model.moe.layer import MoEAux, MoELayer
+
+SourceCache = list[tuple[Tensor, Tensor]]
+"""Rotated keys and values [T_source, H, head_dim] of every layer."""
+
+
+@dataclass(frozen=True)
+class StreamPlan:
+    """What the layout of a stream fixes: one attention plan per layer, neighbours, conditions, positions.
+
+    condition_T: row of the noise-level table a token is modulated by; the last row is the sources' in cached
+    conditioning, where sources know of no noise level.
+    """
+
+    attention: list[AttentionPlan]
+    neighbour_TW: Tensor
+    condition_T: Tensor
+    position_T: Tensor
+    is_target_T: Tensor
+    row_T: Tensor
+    rows: int
+
+    def to(self, device: torch.device | str) -> StreamPlan:
+        moved: dict[int, AttentionPlan] = {}
+        for plan in self.attention:
+            if id(plan) not in moved:
+                moved[id(plan)] = plan.to(device)
+        tensors = {name: getattr(self, name).to(device, non_blocking=True)
+                   for name in ("neighbour_TW", "condition_T", "position_T", "is_target_T", "row_T")}
+        return StreamPlan(attention=[moved[id(plan)] for plan in self.attention], rows=self.rows, **tensors)
+
+
+class Attention(nn.Module):
+    """Multi-head sparse attention with RoPE and normalised queries and keys."""
+
+    def __init__(self, width: int, heads: int):
+        super().__init__()
+        self.heads, self.head_dim = heads, width // heads
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.q_gain = nn.Parameter(torch.ones(self.head_dim))
+        self.k_gain = nn.Parameter(torch.ones(self.head_dim))
+
+    def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], plan: AttentionPlan,
+                source: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """source: cached keys and values that stand before the stream's own. Also returns the stream's own."""
+        q, k, v = self.qkv(x_TD).view(-1, 3, self.heads, self.head_dim).unbind(1)
+        q = rotate(nn.functional.rms_norm(q, (self.head_dim,), self.q_gain), *rotary)
+        k = rotate(nn.functional.rms_norm(k, (self.head_dim,), self.k_gain), *rotary)
+        keys, values = (k, v) if source is None else (torch.cat((source[0], k)), torch.cat((source[1], v)))
+        return self.out(sparse_attention(q, keys, values, plan).flatten(1)), (k, v)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: x + attention(norm(x)), then x + MoE(norm(x)), both norms set by noise level."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.attention_norm = ModulatedNorm(config.width, config.time_dim)
+        self.attention = Attention(config.width, config.attention.heads)
+        self.moe_norm = ModulatedNorm(config.width, config.time_dim)
+        self.moe = MoELayer(config.width, config.moe)
+
+    def forward(self, x_TD: Tensor, condition_CD: Tensor, rotary: tuple[Tensor, Tensor], plan: StreamPlan,
+                attention_plan: AttentionPlan, source: tuple[Tensor, Tensor] | None,
+                jitter_TD: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], MoEAux]:
+        normed = self.attention_norm(x_TD, condition_CD, plan.condition_T)
+        attended, own = self.attention(normed, rotary, attention_plan, source)
+        x_TD = x_TD + attended
+        mixed, aux = self.moe(self.moe_norm(x_TD, condition_CD, plan.condition_T), plan.row_T, plan.rows, jitter_TD)
+        return x_TD + mixed, own, aux
+
+
+class Denoiser(nn.Module):
+    """See the module's docstring. `prepare` runs on the CPU once per batch, `forward` on the device."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.patterns = layer_patterns(config)
+        self.recompute = False  # activation checkpointing of every block; set by the trainer
+        inputs = config.embed_dim * (2 if config.diffusion.self_conditioning > 0 else 1)
+        self.input = nn.Linear(max(config.local_mixing, 1) * inputs, config.width)
+        self.side = nn.Parameter(torch.zeros(2, config.width))
+        self.noise_level = NoiseLevelEmbedding(config.time_dim)
+        self.source_level = nn.Parameter(torch.zeros(config.time_dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = ModulatedNorm(config.width, config.time_dim)
+
+    def init_weights(self, seed: int) -> None:
+        """Normal weights of deviation 1/sqrt(fan_in); what writes into the residual stream is scaled down by depth."""
+        generator = torch.Generator().manual_seed(seed)
+        depth_scale = 1 / math.sqrt(2 * self.config.layers)
+        linears = [self.input, self.noise_level.net[0], self.noise_level.net[2]]
+        for block in self.blocks:
+            linears += [block.attention.qkv, block.attention.out]
+        for linear in linears:
+            nn.init.normal_(linear.weight, std=linear.in_features ** -0.5, generator=generator)
+            if linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        nn.init.normal_(self.side, std=0.02, generator=generator)
+        nn.init.normal_(self.source_level, std=0.02, generator=generator)
+        with torch.no_grad():
+            for index, block in enumerate(self.blocks):
+                block.moe.init_weights(seed, index)
+                block.attention.out.weight.mul_(depth_scale)
+                for experts in filter(None, (block.moe.experts, block.moe.shared)):
+                    experts.w2.mul_(depth_scale)
+
+    def prepare(self, tokens_T: Tensor, document_T: Tensor, position_T: Tensor, is_target_T: Tensor, draw_T: Tensor,
+                copy_T: Tensor, copies: int, row_T: Tensor, rows: int, *, device: torch.device | str,
+                dtype: torch.dtype, queries: str = "all") -> StreamPlan:
+        """Works out the layout on the CPU. queries="target": only target tokens are computed, against source keys
+        from a cache; the stream given is then that of all tokens, sources first, and the plan that of the targets."""
+        config = self.config
+        is_global_T = global_tokens(config.attention.global_tokens, tokens_T=tokens_T, document_T=document_T,
+                                    position_T=position_T, is_target_T=is_target_T, draw_T=draw_T,
+                                    eos_id=config.eos_id)
+        layout = TokenLayout(document_T, position_T, is_target_T, draw_T, is_global_T)
+        backend, _ = choose_backend(config.attention.backend, device, dtype, config.head_dim)
+        plans = {pattern: build_plan(layout, pattern, head_dim=config.head_dim, dtype=dtype, backend=backend,
+                                     queries=queries) for pattern in set(self.patterns)}
+        seen = slice(None) if queries == "all" else is_target_T
+        joint = config.diffusion.conditioning == "joint"
+        condition_T = copy_T if joint else torch.where(is_target_T, copy_T, copies)
+        return StreamPlan(
+            attention=[plans[pattern] for pattern in self.patterns],
+            neighbour_TW=neighbour_index(document_T[seen], is_target_T[seen], draw_T[seen],
+                                         max(config.local_mixing, 1)),
+            condition_T=condition_T[seen], position_T=position_T[seen], is_target_T=is_target_T[seen],
+            row_T=row_T[seen], rows=rows)
+
+    def forward(self, inputs_TE: Tensor, log_snr_C: Tensor, plan: StreamPlan, source_cache: SourceCache | None = None,
+                jitter_LTD: Tensor | None = None) -> tuple[Tensor, SourceCache, list[MoEAux]]:
+        """inputs_TE: the embedding (and the previous estimate, side by side) of every token.
+
+        Returns hidden states [T, D], the stream's own keys and values by layer, and what each MoE layer reports.
+        """
+        dtype = self.side.dtype
+        x_TD = self.input(gather_neighbours(inputs_TE.to(dtype), plan.neighbour_TW))
+        x_TD = x_TD + self.side[plan.is_target_T.long()]
+        condition_CD = torch.cat((self.noise_level(log_snr_C, dtype), self.source_level[None]))
+        rotary = rotary_tables(plan.position_T, self.config.head_dim, self.config.attention.rope_base)
+        keys_values, reports = [], []
+        for index, block in enumerate(self.blocks):
+            arguments = (x_TD, condition_CD, rotary, plan, plan.attention[index],
+                         None if source_cache is None else source_cache[index],
+                         None if jitter_LTD is None else jitter_LTD[index])
+            if self.recompute and torch.is_grad_enabled():
+                x_TD, own, aux = checkpoint(block, *arguments, use_reentrant=False)
+            else:
+                x_TD, own, aux = block(*arguments)
+            keys_values.append(own)
+            reports.append(aux)
+        return self.norm(x_TD, condition_CD, plan.condition_T), keys_values, reports

@@ -1,0 +1,13 @@
+"""Errors that a user can mend. The trainer prints them as one line and exits with a documented code."""
+
+
+class ConfigError(ValueError):
+    """A configuration value that cannot work: names the key, what was expected and what to do."""
+
+    def __init__(self, key: str, problem: str):
+        self.key, self.problem = key, problem
+        super().__init__(f"{key}: {problem}")
+
+
+class BackendUnavailable(ConfigError):
+    """A kernel backend asked for by name that cannot run here; says why and what `auto` would choose."""

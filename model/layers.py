@@ -1,0 +1,78 @@
+"""The small parts of the denoiser: rotary positions, noise-level embedding, modulation, neighbour gathering."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+def rotary_tables(position_T: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, head_dim / 2] in fp32 of RoPE (Su et al. 2021, arXiv 2104.09864)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=position_T.device, dtype=torch.float32) / head_dim)
+    angle = position_T[:, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Applies RoPE to queries or keys, pairing channel i with channel i + head_dim / 2."""
+    a, b = x_THK.chunk(2, dim=-1)
+    cos, sin = cos[:, None].to(x_THK.dtype), sin[:, None].to(x_THK.dtype)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class NoiseLevelEmbedding(nn.Module):
+    """log-SNR of each noised copy [C] -> [C, dim]: sinusoids, then a two-layer network."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.dim = dim
+        self.net = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+
+    def forward(self, log_snr_C: Tensor, dtype: torch.dtype) -> Tensor:
+        half = self.dim // 2
+        frequency = torch.exp(torch.linspace(math.log(0.1), math.log(30.0), half, device=log_snr_C.device))
+        angle = log_snr_C[:, None].float() * frequency
+        features = torch.cat((angle.sin(), angle.cos()), dim=-1)
+        return self.net(features.to(dtype))
+
+
+class ModulatedNorm(nn.Module):
+    """LayerNorm whose scale and shift depend on the noise level (adaLN of DiT, Peebles & Xie 2022).
+
+    The modulation starts at zero, so that every layer starts as a plain LayerNorm.
+    """
+
+    def __init__(self, width: int, condition_dim: int):
+        super().__init__()
+        self.width = width
+        self.modulation = nn.Linear(condition_dim, 2 * width)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
+
+    def forward(self, x_TD: Tensor, condition_CD: Tensor, condition_T: Tensor) -> Tensor:
+        """condition_T says which row of condition_CD belongs to each token."""
+        scale, shift = self.modulation(nn.functional.silu(condition_CD)).index_select(0, condition_T).chunk(2, -1)
+        return torch.addcmul(shift, nn.functional.layer_norm(x_TD, (self.width,)), 1 + scale)
+
+
+def neighbour_index(document_T: Tensor, is_target_T: Tensor, draw_T: Tensor, width: int) -> Tensor:
+    """For each token its `width` nearest packed neighbours [T, width], in order; T where there is none.
+
+    Neighbours are of the same document, side (source or target) and draw, so that nothing leaks where segments meet.
+    """
+    count = document_T.numel()
+    at = torch.arange(count)[:, None] + torch.arange(width) - width // 2
+    inside = (at >= 0) & (at < count)
+    near = at.clamp(0, max(count - 1, 0))
+    same = inside
+    for key_T in (document_T, is_target_T, draw_T):
+        same = same & (key_T[near] == key_T[:, None])
+    return torch.where(same, near, count)
+
+
+def gather_neighbours(x_TE: Tensor, neighbour_TW: Tensor) -> Tensor:
+    """[T, E] -> [T, W * E]: each token's neighbours side by side, zeros where there is none."""
+    padded = torch.cat((x_TE, x_TE.new_zeros(1, x_TE.shape[1])))
+    return padded[neighbour_TW].flatten(1)

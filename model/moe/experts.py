@@ -1,0 +1,45 @@
+"""The experts' weights, stacked, in the memory layout of MegaBlocks ([E * F, D] when flattened)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from model.keyed_random import keyed_generator
+from model.moe.backends import BACKENDS, choose_backend
+
+
+class Experts(nn.Module):
+    """`count` feed-forward networks of hidden width F = `ffn`, applied to tokens sorted by expert.
+
+    Parameters `w1`, `w2`, `w3`, each [E, F, D]. Gated: y = (silu(x w1^T) * (x w3^T)) w2; otherwise
+    y = gelu(x w1^T) w2 and `w3` is None. They are not initialised: call `init_weights` or load a state.
+    """
+
+    def __init__(self, count: int, width: int, ffn: int, *, gated: bool = True, backend: str = "auto"):
+        super().__init__()
+        self.backend = backend
+        self.w1 = nn.Parameter(torch.empty(count, ffn, width))
+        self.w2 = nn.Parameter(torch.empty(count, ffn, width))
+        self.w3 = nn.Parameter(torch.empty(count, ffn, width)) if gated else None
+
+    @torch.no_grad()
+    def init_weights(self, seed: int, layer_index: int, first: int = 0) -> None:
+        """Normal weights that keep the variance (std = 1 / sqrt(inputs)).
+
+        Expert e is drawn from (seed, layer_index, first + e) alone, so that a process that holds the experts
+        [first, first + E) draws what one that holds all of them does.
+        """
+        count, ffn, width = self.w1.shape
+        for e in range(count):
+            generator = keyed_generator(seed, layer_index, first + e)
+            for weight_EFD, inputs in ((self.w1, width), (self.w2, ffn), (self.w3, width)):
+                if weight_EFD is not None:
+                    weight_EFD[e].copy_(torch.randn(ffn, width, generator=generator) * inputs ** -0.5)
+
+    def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
+        """x_ND: tokens sorted by expert; counts_E: integer, how many of each. Returns y_ND in x's dtype."""
+        _, ffn, width = self.w1.shape
+        dtype = self.w1.dtype
+        name, _ = choose_backend(self.backend, x_ND.device, dtype, width, ffn)
+        return BACKENDS[name].run(x_ND.to(dtype), counts_E, self).to(x_ND.dtype)

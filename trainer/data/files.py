@@ -1,0 +1,78 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import socket
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Holds `path`.lock for as long as the block runs. Yields False where the file system has no locks:
+    whoever builds something then builds it twice, harmlessly."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path.with_name(path.name + ".lock"), "w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+        else:
+            yield True
+
+
+def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None]) -> bool:
+    """Makes `final` (a file or a folder) by `build(temporary path)` and a rename, unless it is there, whole.
+
+    Safe to interrupt at any point, and safe when several processes ask at once: one builds, the others wait
+    for it. What an interrupted build left on this host is removed. Returns whether this call built it.
+    """
+    if is_whole(final):
+        return False
+    with locked(final) as alone:
+        if is_whole(final):
+            return False
+        prefix = f"{final.name}.tmp-{socket.gethostname()}-"
+        if alone:
+            for leftover in final.parent.glob(f"{prefix}*"):
+                _remove(leftover)
+        temporary = final.with_name(prefix + uuid.uuid4().hex[:12])
+        try:
+            build(temporary)
+            _move(temporary, final, is_whole)
+        finally:
+            _remove(temporary)
+    return True
+
+
+def _move(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
+    for path in [*temporary.glob("*"), temporary]:
+        _sync(path)
+    if final.exists() and not is_whole(final):
+        _remove(final)
+    try:
+        os.rename(temporary, final)
+    except OSError:
+        if not is_whole(final):  # otherwise another host was faster, without a common lock
+            raise
+    _sync(final.parent)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)

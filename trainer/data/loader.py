@@ -1,0 +1,127 @@
+"""Batches of training steps, by step number alone."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+
+from model.batch import PackedBatch
+from trainer.data.packing import Samples, pack
+from trainer.data.rows import RowStream, keyed_order
+
+_STRATA_KEY = 1  # keeps the strata's permutations apart from the epochs'
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step's global batch holds, over all ranks and micro-batches; known to every rank without a
+    message."""
+
+    step: int
+    epoch: float
+    """Epochs done before this step, with the fraction of the one in progress."""
+    rows: int
+    documents: int
+    """Samples; more than there are in the corpus where a step is longer than an epoch."""
+    copies: int
+    """Noised copies, documents x draws: the strata of the time sampling."""
+    tokens: int
+    """All tokens: sources and canvases."""
+    source_tokens: int
+    loss_tokens: int
+    """Target tokens that are trained on: the denominator of the mean loss."""
+    fill: float
+    """Share of the rows' room that is tokens."""
+
+
+class PackedLoader:
+    """Micro-batches of this rank for any step.
+
+    Step s takes rows s * G to (s + 1) * G - 1 of the endless row sequence, G = rows_per_micro_batch *
+    accumulation * world; within it, micro-batch a of rank r takes the rows from (a * world + r) *
+    rows_per_micro_batch on. So a step is a function of (samples, seed, s) and of G: whatever the world size,
+    the global batch is the same, and to resume exactly nothing needs to be saved but the step's number.
+
+    stratum_C: with D documents in the step, draw r of a document lies in the r-th part of D strata, at a
+    place that is shuffled by (seed, step): the draws of a document cover all noise levels, and so do the
+    documents of a rank.
+    """
+
+    def __init__(self, samples: Samples, *, rows_per_micro_batch: int, accumulation: int = 1, rank: int = 0,
+                 world: int = 1, seed: int = 0, lookahead: int = 256, prefetch: int = 2):
+        self.samples = samples
+        self.rows = RowStream(samples.tokens_S, row_tokens=samples.row_tokens, lookahead=lookahead, seed=seed)
+        self.rows_per_step = rows_per_micro_batch * accumulation * world
+        self._micro, self._accumulation = rows_per_micro_batch, accumulation
+        self._rank, self._world = rank, world
+        self._seed, self._prefetch = seed, prefetch
+
+    def step(self, step: int) -> tuple[StepInfo, list[PackedBatch]]:
+        """The step's facts and this rank's micro-batches, `accumulation` of them."""
+        samples, draws = self.samples, self.samples.draws
+        first = step * self.rows_per_step
+        rows = [self.rows[row] for row in range(first, first + self.rows_per_step)]
+        starts = np.cumsum([0, *map(len, rows)])
+        count = int(starts[-1])
+        place_D = keyed_order(count, _STRATA_KEY, self._seed, step)
+        stratum_DR = place_D[:, None] + count * np.arange(draws)
+        batches = []
+        for accumulated in range(self._accumulation):
+            low = (accumulated * self._world + self._rank) * self._micro
+            mine = rows[low:low + self._micro]
+            row_D = np.repeat(np.arange(self._micro), [len(row) for row in mine])
+            segments = [samples.segment(sample) for row in mine for sample in row]
+            batches.append(pack(segments, row_D, self._micro,
+                                stratum_DR[starts[low]:starts[low + self._micro]], count * draws))
+        return self._info(step, first, np.concatenate(rows)), batches
+
+    def _info(self, step: int, first: int, chosen: np.ndarray) -> StepInfo:
+        epoch, place, of = self.rows.locate(first)
+        samples = self.samples
+        tokens = int(samples.tokens_S[chosen].sum())
+        return StepInfo(
+            step=step, epoch=epoch + place / of, rows=self.rows_per_step, documents=len(chosen),
+            copies=len(chosen) * samples.draws, tokens=tokens,
+            source_tokens=int(samples.source_tokens_S[chosen].sum()),
+            loss_tokens=int(samples.loss_tokens_S[chosen].sum()) * samples.draws,
+            fill=tokens / (self.rows_per_step * samples.row_tokens))
+
+    def stream(self, start_step: int = 0) -> Iterator[tuple[StepInfo, list[PackedBatch]]]:
+        """Steps from `start_step` on, without end, made ahead in a background thread.
+
+        Errors of the thread are raised here. Closing the iterator (or dropping it) ends the thread.
+        """
+        ready: queue.Queue = queue.Queue(self._prefetch)
+        closed = threading.Event()
+
+        def put(item) -> None:
+            while not closed.is_set():
+                try:
+                    return ready.put(item, timeout=0.1)
+                except queue.Full:
+                    continue
+
+        def work() -> None:
+            step = start_step
+            try:
+                while not closed.is_set():
+                    put(self.step(step))
+                    step += 1
+            except BaseException as error:
+                put(error)
+
+        thread = threading.Thread(target=work, name="data loader", daemon=True)
+        thread.start()
+        try:
+            while True:
+                item = ready.get()
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
+        finally:
+            closed.set()
+            thread.join()

@@ -1,0 +1,157 @@
+"""Documents become samples (a source and a canvas for the target), samples become packed batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from model.batch import PackedBatch
+from model.errors import ConfigError
+from trainer.data.token_cache import TokenCache
+from trainer.errors import DataError
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One sample's tokens: `source` with <bos> and </s> (or empty), the whole `canvas` of the target, of
+    which the first `loss_tokens` are text and its </s>, and the sample's number in the data set."""
+
+    source: np.ndarray
+    canvas: np.ndarray
+    loss_tokens: int
+    sample: int
+
+
+class Samples:
+    """The S samples of a corpus, cut to their greatest lengths.
+
+    A document with source and target is one sample:
+        source: <bos>, source tokens, </s>; at most `max_source_tokens` (0: no limit of its own)
+        canvas: target tokens, </s>, then <pad> up to `max_target_tokens`; a longer target is cut and has no
+        </s>
+    A text without source is cut into chunks of `max_target_tokens`, each a sample with no source at all; the
+    last one ends with </s> and <pad>, unless the text fills it to the end. Empty texts are left out.
+
+    A sample takes tokens_S = source_tokens_S + draws * max_target_tokens tokens of a row; where that exceeds
+    `row_tokens`, its source is cut further. ConfigError if not even the canvases fit.
+
+    Arrays over samples: document_S (index in the corpus), start_S (first target token), source_tokens_S,
+    loss_tokens_S (text and </s>), tokens_S.
+    """
+
+    def __init__(self, cache: TokenCache, *, max_source_tokens: int, max_target_tokens: int, row_tokens: int,
+                 draws: int = 1):
+        self.cache, self.draws = cache, draws
+        self.row_tokens, self.canvas_tokens = row_tokens, max_target_tokens
+        room = row_tokens - draws * max_target_tokens
+        if room < (3 if cache.paired else 0):
+            raise ConfigError("data.row_tokens", f"{row_tokens} tokens cannot hold data.draws_per_source x "
+                              f"data.max_target_tokens = {draws} x {max_target_tokens} tokens"
+                              f"{' and a source' if cache.paired else ''}: raise it or lower the others")
+        lengths_N = cache.target_lengths_N
+        if cache.paired:
+            wanted_N = cache.source_lengths_N + 2
+            limited_N = np.minimum(wanted_N, max_source_tokens) if max_source_tokens else wanted_N
+            self.document_S = np.arange(len(cache))
+            self.start_S = np.zeros(len(cache), np.int64)
+            self.source_tokens_S = np.minimum(limited_N, room)
+            self.sources_cut = int((limited_N < wanted_N).sum())
+            self.sources_cut_to_row = int((self.source_tokens_S < limited_N).sum())
+            self.targets_cut = int((lengths_N + 1 > max_target_tokens).sum())
+        else:
+            chunks_N = -(-lengths_N // max_target_tokens)
+            self.document_S = np.repeat(np.arange(len(cache)), chunks_N)
+            self.start_S = _counting(chunks_N) * max_target_tokens
+            self.source_tokens_S = np.zeros(len(self.document_S), np.int64)
+            self.sources_cut = self.sources_cut_to_row = self.targets_cut = 0
+        text_S = np.minimum(lengths_N[self.document_S] - self.start_S, max_target_tokens)
+        self.loss_tokens_S = text_S + (text_S < max_target_tokens)
+        self.tokens_S = self.source_tokens_S + draws * max_target_tokens
+        if not len(self):
+            raise DataError(f"{cache.folder}: the corpus has no text to train on")
+
+    def __len__(self) -> int:
+        return len(self.document_S)
+
+    def source(self, sample: int) -> np.ndarray:
+        """<bos> tokens </s> of a sample, int64; empty for texts without source."""
+        length = int(self.source_tokens_S[sample])
+        if not length:
+            return np.empty(0, np.int64)
+        return source_segment(self.cache.source(self.document_S[sample], 0, length - 2), length,
+                              self.cache.bos_id, self.cache.eos_id)
+
+    def segment(self, sample: int, source_of: int | None = None) -> Segment:
+        """A sample with its own source or with that of another."""
+        start = int(self.start_S[sample])
+        text = self.cache.target(self.document_S[sample], start, start + self.canvas_tokens)
+        canvas = np.full(self.canvas_tokens, self.cache.pad_id, np.int64)
+        canvas[:len(text)] = text
+        canvas[len(text):len(text) + 1] = self.cache.eos_id
+        return Segment(self.source(sample if source_of is None else source_of), canvas,
+                       int(self.loss_tokens_S[sample]), int(sample))
+
+    def canvas_counts(self, most: int = 20_000) -> np.ndarray:
+        """How often each token stands on a canvas, <pad> included [V], from at most `most` samples spread evenly."""
+        counts = np.zeros(self.cache.vocab_size, np.int64)
+        chosen = np.arange(min(most, len(self))) * len(self) // min(most, len(self))
+        for part in np.array_split(chosen, -(-len(chosen) // 256)):
+            canvases = np.concatenate([self.segment(sample).canvas for sample in part])
+            counts += np.bincount(canvases, minlength=len(counts))
+        return counts
+
+    def describe(self) -> str:
+        """One line on size and on what was cut."""
+        share = len(self) / 100
+        return (f"{len(self.cache):,} documents, {len(self):,} samples, {self.source_tokens_S.sum():,} "
+                f"source and {self.loss_tokens_S.sum():,} target tokens; cut: "
+                f"{self.sources_cut / share:.1f} % of sources to their limit, "
+                f"{self.sources_cut_to_row / share:.1f} % to the row, "
+                f"{self.targets_cut / share:.1f} % of targets")
+
+
+def source_segment(ids: Sequence[int] | np.ndarray, max_tokens: int, bos_id: int, eos_id: int) -> np.ndarray:
+    """<bos>, the first of `ids`, </s>: at most `max_tokens` (0: no limit), int64."""
+    kept = ids[:max_tokens - 2] if max_tokens else ids
+    return np.concatenate([[bos_id], np.asarray(kept, np.int64), [eos_id]])
+
+
+def pack(segments: Sequence[Segment], row_D: np.ndarray, rows: int, stratum_DR: np.ndarray,
+         strata: int) -> PackedBatch:
+    """One stream of all segments (D of them), each with R copies of its canvas behind its source.
+
+    row_D: the row a document lies in, of `rows`. stratum_DR: place of every copy among the `strata` copies of
+    the global batch. Result on the CPU, integers int64.
+    """
+    documents, draws = stratum_DR.shape
+    source_D = np.array([len(s.source) for s in segments], np.int64)
+    loss_D = np.array([s.loss_tokens for s in segments], np.int64)
+    canvas_D = np.array([len(s.canvas) for s in segments], np.int64)
+    lengths = np.concatenate([source_D[:, None], np.repeat(canvas_D[:, None], draws, 1)], 1).ravel()
+    part_T = np.repeat(np.arange(documents * (draws + 1)), lengths)
+    document_T, slot_T = np.divmod(part_T, draws + 1)
+    offset_T = _counting(lengths)
+    is_target_T = slot_T > 0
+    draw_T = np.maximum(slot_T - 1, 0)
+    return PackedBatch(
+        tokens_T=torch.from_numpy(np.concatenate([part for s in segments for part in
+                                                  (s.source, *[s.canvas] * draws)])),
+        document_T=torch.from_numpy(document_T),
+        position_T=torch.from_numpy(offset_T + is_target_T * source_D[document_T]),
+        is_target_T=torch.from_numpy(is_target_T),
+        draw_T=torch.from_numpy(draw_T),
+        in_loss_T=torch.from_numpy(is_target_T & (offset_T < loss_D[document_T])),
+        row_T=torch.from_numpy(row_D[document_T]),
+        copy_T=torch.from_numpy(document_T * draws + draw_T),
+        sample_C=torch.from_numpy(np.repeat(np.array([s.sample for s in segments], np.int64), draws)),
+        draw_C=torch.from_numpy(np.tile(np.arange(draws), documents)),
+        stratum_C=torch.from_numpy(stratum_DR.ravel()),
+        rows=rows, documents=documents, strata=strata)
+
+
+def _counting(lengths: np.ndarray) -> np.ndarray:
+    """0, 1, ... for each of the lengths in turn."""
+    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

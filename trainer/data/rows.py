@@ -1,0 +1,115 @@
+"""Which samples share a row: an endless sequence of rows, epoch after epoch, the same on every rank."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right, insort
+from threading import Lock
+
+import numpy as np
+
+
+def keyed_order(count: int, *keys: int) -> np.ndarray:
+    """A permutation of `count` things that depends on the integer keys alone, on every machine and
+    version."""
+    state = np.uint64(0)
+    for key in keys:
+        state = _mix(state + np.uint64(key % (1 << 64)))
+    return np.argsort(_mix(state + np.arange(count, dtype=np.uint64) * _GOLDEN), kind="stable")
+
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
+    """SplitMix64 (Steele et al. 2014): its increment and its finalizer."""
+    with np.errstate(over="ignore"):
+        x = x + _GOLDEN
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return x ^ (x >> np.uint64(31))
+
+
+def pack_rows(tokens_S: np.ndarray, order_S: np.ndarray, row_tokens: int,
+              lookahead: int) -> tuple[np.ndarray, np.ndarray]:
+    """Samples in the order of their rows, and where each row starts (one more than there are rows).
+
+    The sample that waits longest opens a row; then the largest of the next `lookahead` samples that fits is
+    added, until none fits. So no sample waits for ever, and memory and time are O(S log lookahead).
+    """
+    count = len(order_S)
+    # A waiting sample is the number tokens * count + place: sorted by size, then by place in the order.
+    keys = (tokens_S[order_S] * count + np.arange(count)).tolist()
+    waiting: list[int] = []
+    taken = bytearray(count)
+    placed, starts = [], [0]
+    arrived = oldest = 0
+    while len(placed) < count:
+        room = row_tokens
+        while True:
+            while arrived < count and len(waiting) < lookahead:
+                insort(waiting, keys[arrived])
+                arrived += 1
+            if room == row_tokens:
+                while taken[oldest]:
+                    oldest += 1
+                at = bisect_left(waiting, keys[oldest])
+            else:
+                fits = bisect_right(waiting, (room + 1) * count - 1) - 1
+                if fits < 0:
+                    break
+                at = bisect_left(waiting, waiting[fits] // count * count)  # of those as large, the oldest
+            tokens, place = divmod(waiting.pop(at), count)
+            taken[place] = 1
+            placed.append(place)
+            room -= tokens
+        starts.append(len(placed))
+    return order_S[np.array(placed, np.int64)], np.array(starts, np.int64)
+
+
+class RowStream:
+    """Rows of all epochs in one sequence: row numbers go on from an epoch to the next.
+
+    An epoch holds every sample exactly once, in an order given by (seed, epoch). Rows never mix epochs. To
+    find a row, the number of rows in each earlier epoch must be known: the first access to a late epoch packs
+    those before it once (about a microsecond a sample and epoch); all later ones are immediate. Safe to share
+    between threads.
+    """
+
+    def __init__(self, tokens_S: np.ndarray, *, row_tokens: int, lookahead: int, seed: int):
+        self._tokens_S, self._row_tokens, self._lookahead, self._seed = tokens_S, row_tokens, lookahead, seed
+        self._ends: list[int] = []  # row number behind the last of each epoch
+        self._recent: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._lock = Lock()
+
+    def locate(self, row: int) -> tuple[int, int, int]:
+        """(epoch, place of the row in it, rows in it)."""
+        with self._lock:
+            while not self._ends or self._ends[-1] <= row:
+                self._epoch(len(self._ends))
+            epoch = bisect_right(self._ends, row)
+            first = self._ends[epoch - 1] if epoch else 0
+            return epoch, row - first, self._ends[epoch] - first
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """The samples of a row."""
+        epoch, place, _ = self.locate(row)
+        with self._lock:
+            samples, starts = self._epoch(epoch)
+        return samples[starts[place]:starts[place + 1]]
+
+    def fill_rate(self, epoch: int = 0) -> float:
+        """Share of an epoch's rows that is tokens."""
+        with self._lock:
+            _, starts = self._epoch(epoch)
+        return float(self._tokens_S.sum() / ((len(starts) - 1) * self._row_tokens))
+
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        if epoch not in self._recent:
+            order_S = keyed_order(len(self._tokens_S), self._seed, epoch)
+            packed = pack_rows(self._tokens_S, order_S, self._row_tokens, self._lookahead)
+            if epoch == len(self._ends):
+                self._ends.append((self._ends[-1] if self._ends else 0) + len(packed[1]) - 1)
+            while len(self._recent) >= 2:  # a step may reach from one epoch into the next
+                del self._recent[min(self._recent)]
+            self._recent[epoch] = packed
+        return self._recent[epoch]

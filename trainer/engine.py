@@ -1,0 +1,159 @@
+"""The only module that talks to DeepSpeed's engine: optimizer, step, ZeRO partitions, saving and loading."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import deepspeed
+import torch
+from torch import Tensor
+
+from model.diffusion_lm import DiffusionLM, LossReport
+from trainer.config import OptimConfig, RunConfig
+from trainer.ds_config import DSConfig
+from trainer.errors import CheckpointError
+from trainer.launch import Ranks
+
+_TAG = "engine"  # DeepSpeed's sub-folder inside a checkpoint
+
+
+def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
+    """Learning rate of 0-based `step`: linear warm-up, then the schedule. A pure function: nothing to resume."""
+    if step < optim.warmup_steps:
+        return optim.lr * (step + 1) / optim.warmup_steps
+    done = (step - optim.warmup_steps) / max(1, steps - 1 - optim.warmup_steps)
+    if optim.schedule == "constant":
+        return optim.lr
+    if optim.schedule == "linear":
+        height = 1 - done
+    elif optim.schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * done))
+    else:  # wsd
+        left = (steps - step) / max(1.0, optim.decay_fraction * steps)
+        height = min(1.0, left)
+    return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * height)
+
+
+class Engine:
+    """A DiffusionLM under ZeRO, with the average of its weights.
+
+    The average (EMA) is kept beside the fp32 partitions that ZeRO updates, in their layout: each rank averages only
+    what it owns, and whatever converts those partitions can convert the average.
+    """
+
+    def __init__(self, model: DiffusionLM, run: RunConfig, ds: DSConfig, ranks: Ranks):
+        self.run, self.ranks, self.zero_stage = run, ranks, ds.zero_stage
+        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[ds.precision]
+        model.denoiser.recompute = run.train.activation_checkpointing
+        self._own = list(model.parameters(recurse=False))
+        self.engine, self.optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=self._adamw(model, ds), config=ds.for_engine(ranks.world, ranks.device.type))
+        self.model: DiffusionLM = self.engine.module
+        self._shares = ranks.world * ds.accumulation
+        self.ema = [part.detach().clone() for part in self._masters()] if run.optim.ema_decay > 0 else []
+        self.updates = 0
+
+    def _adamw(self, model: DiffusionLM, ds: DSConfig) -> torch.optim.Optimizer:
+        optim = self.run.optim
+        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and name != "embedding"]
+        others = [p for name, p in model.named_parameters() if p.dim() < 2 or name == "embedding"]
+        groups = [{"params": matrices, "weight_decay": optim.weight_decay, "name": "decay"},
+                  {"params": others, "weight_decay": 0.0, "name": "no_decay"}]
+        settings = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
+        if ds.offload_optimizer:
+            from deepspeed.ops.adam import DeepSpeedCPUAdam
+            return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
+        return torch.optim.AdamW(groups, fused=self.ranks.device.type == "cuda", **settings)
+
+    def forward_backward(self, *inputs) -> LossReport:
+        """One micro-batch. The model's total is its share of the global loss; DeepSpeed averages over ranks and
+        accumulation, so the share is scaled up by as much beforehand."""
+        report: LossReport = self.engine(*inputs)
+        self.engine.backward(report.total * self._shares)
+        return report
+
+    def accumulate(self, last: bool) -> None:
+        """After a micro-batch that is not the step's last: lets DeepSpeed count it without an update."""
+        if not last:
+            self.engine.step()
+
+    def update(self, step: int) -> float:
+        """Clips, updates the weights and their average. Returns the learning rate used."""
+        rate = learning_rate(self.run.optim, step, self.run.train.steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.engine.step()
+        self.updates += 1
+        if self.ema:
+            # The average of few weights is short at first, so that it soon forgets the initial ones.
+            decay = min(self.run.optim.ema_decay, (1 + self.updates) / (10 + self.updates))
+            for average, part in zip(self.ema, self._masters(), strict=True):
+                average.lerp_(part.detach(), 1 - decay)
+        return rate
+
+    @property
+    def gradient_norm(self) -> float:
+        """Global norm before clipping, of the last update."""
+        return float(self.engine.get_global_grad_norm())
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[DiffusionLM]:
+        """The model in evaluation mode with the averaged weights in place of the trained ones."""
+        if self.ema:
+            self._publish(self.ema)
+        self.model.eval()
+        try:
+            # Parameters of submodules are gathered by DeepSpeed's hooks, those of the model itself only in forward.
+            with deepspeed.zero.GatheredParameters(self._own, enabled=self.zero_stage == 3):
+                yield self.model
+        finally:
+            self.model.train()
+            if self.ema:
+                self._publish(self._masters())
+
+    def full_state(self) -> dict[str, Tensor]:
+        """All weights of the model, whole, on every rank's CPU; call inside `averaged_weights` for the average."""
+        with deepspeed.zero.GatheredParameters(list(self.model.parameters()), enabled=self.zero_stage == 3):
+            return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+
+    def _masters(self) -> list[Tensor]:
+        """This rank's flat fp32 partitions, one a parameter group (stage 1, 2) or sub-group (stage 3)."""
+        if self.zero_stage == 3:
+            return self.optimizer.fp32_partitioned_groups_flat
+        return self.optimizer.single_partition_of_fp32_groups
+
+    def _publish(self, parts: list[Tensor]) -> None:
+        """Makes the model compute with `parts` instead of the fp32 partitions, which stay as they are."""
+        optimizer = self.optimizer
+        masters = self._masters()
+        held = [master.data for master in masters]
+        for master, part in zip(masters, parts, strict=True):
+            master.data = part
+        if self.zero_stage == 3:
+            for index in range(len(masters)):
+                optimizer._reassign_or_swap_out_partitioned_parameters(index)
+        else:
+            optimizer.update_lp_params()
+        for master, data in zip(masters, held, strict=True):
+            master.data = data
+
+    def save(self, folder: Path) -> None:
+        """Writes ZeRO's state and this rank's average into `folder`. A collective; not atomic by itself."""
+        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
+        torch.save({"ema": self.ema, "updates": self.updates}, folder / self._rank_file())
+
+    def load(self, folder: Path) -> None:
+        """Restores what `save` wrote, on the same topology."""
+        path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        if path is None:
+            raise CheckpointError(f"{folder}: DeepSpeed could not load its state; see its message above")
+        state = torch.load(folder / self._rank_file(), map_location=self.ranks.device, weights_only=True)
+        self.updates = state["updates"]
+        for average, saved in zip(self.ema, state["ema"], strict=True):
+            average.copy_(saved)
+
+    def _rank_file(self) -> str:
+        return f"average-rank{self.ranks.rank:05d}.pt"

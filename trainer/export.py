@@ -1,0 +1,56 @@
+"""A finished model as a folder: config.json, model.safetensors, vocabulary.model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from model.diffusion_lm import DiffusionLM
+from trainer.config import RunConfig, to_dict
+from trainer.config_load import from_dict
+from trainer.data.vocabulary import Vocabulary
+from trainer.errors import CheckpointError
+
+_FILES = ("config.json", "model.safetensors", "vocabulary.model")
+
+
+def write_model(folder: Path, run: RunConfig, state: dict[str, Tensor], vocabulary: Path, facts: dict) -> None:
+    """Writes the folder beside its place and moves it there, so that a reader never meets half of it."""
+    temporary = folder.with_name(f".writing-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file({name: value.contiguous() for name, value in state.items()}, temporary / "model.safetensors")
+    (temporary / "config.json").write_text(json.dumps({"run": to_dict(run), **facts}, indent=1))
+    shutil.copyfile(vocabulary, temporary / "vocabulary.model")
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def read_model(folder: Path, device: torch.device | str = "cpu") -> tuple[DiffusionLM, Vocabulary, RunConfig]:
+    """The model in evaluation mode, its vocabulary and the configuration of the run that made it."""
+    missing = [name for name in _FILES if not (folder / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{folder} is no exported model: it has no {', '.join(missing)}. A finished run keeps "
+                              "its model in RUN/model")
+    config = folder / "config.json"
+    run = from_dict(json.loads(config.read_text())["run"], str(config))
+    model = DiffusionLM(run.model)
+    load_weights(model, folder)
+    return model.to(device).eval(), Vocabulary(folder / "vocabulary.model"), run
+
+
+def load_weights(model: DiffusionLM, folder: Path) -> None:
+    """Copies a folder's weights into a model; every name and shape must match."""
+    path = folder / "model.safetensors"
+    try:
+        model.load_state_dict(load_file(path))
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    except RuntimeError as error:
+        raise CheckpointError(f"{path} does not fit this model: {' '.join(str(error).split())}") from error

@@ -1,0 +1,101 @@
+"""From any launcher's environment to a process group: `deepspeed`, `torchrun`, `mpirun`, `srun` or plain `python`.
+
+Everything that must happen before DeepSpeed's first collective happens here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import socket
+import warnings
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
+
+_RANK_VARIABLES = (
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # OpenMPI
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place: rank of world, local_rank on its machine, and the device it computes on."""
+
+    rank: int
+    world: int
+    local_rank: int
+    device: torch.device
+    control: torch.distributed.ProcessGroup
+    """A gloo group of all ranks, for decisions that must not wait for the GPU's queue."""
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+
+def map_environment() -> None:
+    """Gives RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* their values from whichever launcher started this process."""
+    env = os.environ
+    if "RANK" not in env:
+        for rank, world, local in _RANK_VARIABLES:
+            if rank in env and world in env:
+                env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world], env.get(local, "0")
+                break
+        else:
+            env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
+    env.setdefault("LOCAL_RANK", "0")
+    env.setdefault("MASTER_ADDR", "127.0.0.1")
+    if "MASTER_PORT" not in env:
+        env["MASTER_PORT"] = str(_free_port()) if env["WORLD_SIZE"] == "1" else "29500"
+
+
+def start(timeout_minutes: float = 10.0) -> Ranks:
+    """Joins the process group (NCCL on CUDA, gloo otherwise). Every path of the program ends with `stop`."""
+    map_environment()
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed
+
+    if not cuda:
+        # Only DeepSpeed's inference all-reduce uses this C++ op, yet init_distributed compiles it at once; an
+        # interrupted compilation leaves a lock that hangs every later start.
+        importlib.import_module("deepspeed.comm.torch").build_shm_op = lambda: None
+    local_rank = int(os.environ["LOCAL_RANK"])
+    if cuda:
+        torch.cuda.set_device(local_rank)
+    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
+                               timeout=timedelta(minutes=timeout_minutes))
+    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    control = torch.distributed.new_group(backend="gloo") if cuda else torch.distributed.group.WORLD
+    return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device, control)
+
+
+def stop() -> None:
+    """Leaves the process group together. Without it gloo's threads may abort a process that has succeeded."""
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+
+
+def first_to_report() -> bool:
+    """True on one rank of those that fail together. Before the group exists all ranks fail alike, so the first one
+    speaks; afterwards whichever comes first."""
+    if not torch.distributed.is_initialized():
+        return os.environ.get("RANK", "0") == "0"
+    try:
+        return torch.distributed.distributed_c10d._get_default_store().add("reported_errors", 1) == 1
+    except RuntimeError:  # the store went with the first rank
+        return True
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

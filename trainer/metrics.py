@@ -1,0 +1,136 @@
+"""What a run reports: sums gathered on the device without waiting for it, reduced over ranks when a line is due."""
+
+from __future__ import annotations
+
+import json
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tensorboardX import SummaryWriter
+
+from model.diffusion.schedule import NoiseSchedule
+from model.diffusion_lm import LossReport
+
+NOISE_BINS = 10
+PER_TRAINED_TOKEN = ("cross_entropy", "mse", "rounding")
+
+
+class StepMetrics:
+    """Accumulates loss reports between two lines of metrics.
+
+    All sums are over this rank's share; `reduce` adds the ranks' shares and divides by the global counts.
+    """
+
+    def __init__(self, schedule: NoiseSchedule, layers: int, experts: int, device: torch.device):
+        self.schedule, self.layers, self.experts, self.device = schedule, layers, experts, device
+        self._reset()
+
+    def _reset(self) -> None:
+        self.terms: dict[str, torch.Tensor] = {}
+        self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
+        self.expert_counts_LE = torch.zeros(self.layers, self.experts, device=self.device)
+        self.router_entropy = torch.zeros((), device=self.device)
+        self.trained_tokens = self.tokens = 0
+        self.began, self.elsewhere = time.perf_counter(), 0.0
+
+    def add(self, report: LossReport) -> None:
+        """One micro-batch of this rank."""
+        for name, value in report.terms.items():
+            self.terms[name] = self.terms.get(name, 0) + value
+        low, high = self.schedule.low, self.schedule.high
+        place = ((high - report.log_snr_M) / (high - low) * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
+        self.noise_sums[0].index_add_(0, place, report.cross_entropy_M)
+        self.noise_sums[1].index_add_(0, place, torch.ones_like(report.cross_entropy_M))
+        for layer, aux in enumerate(report.experts):
+            self.expert_counts_LE[layer] += aux.counts_E
+            self.router_entropy += aux.entropy_sum / self.layers
+
+    def count(self, trained_tokens: int, tokens: int) -> None:
+        """The global batch of one step."""
+        self.trained_tokens += trained_tokens
+        self.tokens += tokens
+
+    @contextmanager
+    def clock_stopped(self) -> Iterator[None]:
+        """Evaluation, sampling and saving inside the block do not count into the speed of training."""
+        began = time.perf_counter()
+        yield
+        self.elsewhere += time.perf_counter() - began
+
+    def reduce(self) -> dict:
+        """Means since the last call, over all ranks. A collective."""
+        names = list(self.terms)
+        parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
+                 self.expert_counts_LE.flatten(), self.router_entropy[None]]
+        flat = torch.cat(parts)
+        torch.distributed.all_reduce(flat)
+        terms, noise, counts, entropy = flat.cpu().split([part.numel() for part in parts])
+        seconds = time.perf_counter() - self.began - self.elsewhere
+        line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
+                for name, value in zip(names, terms, strict=True)}
+        sums, number = noise.view(2, NOISE_BINS)
+        counts_LE = counts.view(self.layers, self.experts)
+        share_LE = counts_LE / counts_LE.sum(1, keepdim=True)
+        variation_L = share_LE.std(1, unbiased=False) / share_LE.mean(1)
+        line |= {
+            "cross_entropy_by_noise": [round(float(s / n), 5) if n else None
+                                       for s, n in zip(sums, number, strict=True)],
+            "expert_share": [[round(float(x), 5) for x in row] for row in share_LE],
+            "expert_variation_worst": float(variation_L.max()),
+            "router_entropy": float(entropy) / self.tokens,
+            "tokens_per_s": self.tokens / seconds,
+            "trained_tokens_per_s": self.trained_tokens / seconds,
+            "memory_gb": peak_memory_gb(self.device),
+        }
+        self._reset()
+        return line
+
+
+def peak_memory_gb(device: torch.device) -> float:
+    """Peak so far of this process: allocated on the GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+class MetricsLog:
+    """metrics.jsonl (one line an event, flushed at once) and TensorBoard events; only the first rank writes.
+
+    Lines of steps after `resumed_at` are dropped: an interrupted run repeats those steps.
+    """
+
+    def __init__(self, run_dir: Path, resumed_at: int, active: bool):
+        self.active = active
+        if not active:
+            return
+        path = run_dir / "metrics.jsonl"
+        kept = [line for line in path.read_text().splitlines(keepends=True)
+                if line.endswith("\n") and json.loads(line)["step"] <= resumed_at] if path.exists() else []
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text("".join(kept))
+        temporary.rename(path)
+        self.file = path.open("a")
+        self.board = SummaryWriter(str(run_dir / "tb"), purge_step=resumed_at + 1 if resumed_at else None)
+
+    def write(self, kind: str, step: int, values: dict) -> None:
+        """kind: train, eval, samples or event."""
+        if not self.active:
+            return
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
+        self.file.flush()
+        for name, value in values.items():
+            if isinstance(value, int | float) and not isinstance(value, bool):
+                self.board.add_scalar(f"{kind}/{name}", value, step)
+            elif name == "cross_entropy_by_noise":
+                for index, part in enumerate(value):
+                    if part is not None:
+                        self.board.add_scalar(f"{kind}/{name}/{index}", part, step)
+
+    def close(self) -> None:
+        if self.active:
+            self.file.close()
+            self.board.close()

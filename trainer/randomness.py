@@ -1,0 +1,74 @@
+"""The randomness of a training batch, keyed by (seed, step, sample, draw): the same whatever rank computes it."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import torch
+
+from model.batch import PackedBatch
+from model.config import ModelConfig
+from model.diffusion_lm import NoiseDraw
+from model.keyed_random import keyed_generator
+
+
+class Stream(IntEnum):
+    """First part of every key, so that no two uses of a seed share a stream."""
+
+    COPY = 1
+    JITTER = 2
+    EVALUATION = 3
+
+
+def training_draw(batch: PackedBatch, config: ModelConfig, seed: int, step: int) -> NoiseDraw:
+    """Time, noise, absorption and self-conditioning of every noised copy, on the CPU."""
+    stratified = config.diffusion.time_sampling == "stratified"
+    stratum_C = batch.stratum_C.tolist()
+    times, guesses = [], []
+
+    def one_copy(index: int, generator: torch.Generator) -> None:
+        time, coin = torch.rand(2, generator=generator).tolist()
+        if stratified:
+            time = (stratum_C[index] + time) / batch.strata
+        times.append(time)
+        guesses.append(coin < config.diffusion.self_conditioning)
+
+    noise_NE, uniform_N = _token_noise(batch, config, (Stream.COPY, seed, step), one_copy)
+    return NoiseDraw(
+        time_C=torch.tensor(times), noise_NE=noise_NE, uniform_N=uniform_N,
+        guess_C=torch.tensor(guesses) if config.diffusion.self_conditioning > 0 else None,
+        jitter_LTD=_jitter(batch, config, seed, step) if config.moe.jitter > 0 else None)
+
+
+def evaluation_draw(batch: PackedBatch, config: ModelConfig, time_C: torch.Tensor, seed: int) -> NoiseDraw:
+    """Noise of an evaluation at given times; the same for every model, step and rank."""
+    noise_NE, uniform_N = _token_noise(batch, config, (Stream.EVALUATION, seed), lambda index, generator: None)
+    guess_C = torch.ones_like(time_C, dtype=torch.bool) if config.diffusion.self_conditioning > 0 else None
+    return NoiseDraw(time_C=time_C, noise_NE=noise_NE, uniform_N=uniform_N, guess_C=guess_C)
+
+
+def _token_noise(batch: PackedBatch, config: ModelConfig, key: tuple[int, ...], per_copy) -> tuple:
+    """Normal noise [N, E] and uniform numbers [N] of the target tokens; per_copy may draw first from each stream."""
+    copy_N = batch.copy_T[batch.is_target_T]
+    place_N = torch.argsort(copy_N, stable=True)
+    counts = torch.bincount(copy_N, minlength=batch.sample_C.numel()).tolist()
+    normals, uniforms = [], []
+    for index, (sample, draw) in enumerate(zip(batch.sample_C.tolist(), batch.draw_C.tolist(), strict=True)):
+        generator = keyed_generator(*key, sample, draw)
+        per_copy(index, generator)
+        normals.append(torch.randn(counts[index], config.embed_dim, generator=generator))
+        uniforms.append(torch.rand(counts[index], generator=generator))
+    noise_NE, uniform_N = torch.empty(copy_N.numel(), config.embed_dim), torch.empty(copy_N.numel())
+    noise_NE[place_N], uniform_N[place_N] = torch.cat(normals), torch.cat(uniforms)
+    return noise_NE, uniform_N
+
+
+def _jitter(batch: PackedBatch, config: ModelConfig, seed: int, step: int) -> torch.Tensor:
+    """Uniform numbers [layers, T, D] in [0, 1): one stream a document, its tokens in packed order."""
+    jitter_LTD = torch.empty(config.layers, len(batch), config.width)
+    for document in range(batch.documents):
+        at = (batch.document_T == document).nonzero().flatten()
+        sample = int(batch.sample_C[batch.copy_T[at[0]]])
+        generator = keyed_generator(Stream.JITTER, seed, step, sample)
+        jitter_LTD[:, at] = torch.rand(config.layers, at.numel(), config.width, generator=generator)
+    return jitter_LTD

@@ -1,0 +1,73 @@
+"""Entry point of training, under every launcher: `deepspeed trainer/run.py --ds_config … --preset …`."""
+
+import sys
+from pathlib import Path
+
+# Launchers put this file's folder first on the path, where `trainer/config.py` would hide other modules.
+_ROOT = str(Path(__file__).resolve().parents[1])
+sys.path = [_ROOT, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(_ROOT, "trainer"))]
+
+import os  # noqa: E402
+import traceback  # noqa: E402
+
+from model.allocator import keep_freed_memory  # noqa: E402
+from trainer import launch  # noqa: E402
+from trainer.command_line import parse  # noqa: E402
+from trainer.errors import ExitCode, exit_code_of  # noqa: E402
+
+
+def main() -> None:
+    """Resolves the configuration, joins the ranks, trains; ends the process with a documented exit code."""
+    launch.map_environment()
+    try:
+        args, run, ds = parse()
+        if args.dry_run:
+            from trainer.dry_run import describe_run
+            print(describe_run(run, ds, world=int(os.environ["WORLD_SIZE"])))
+            return
+        train(args, run, ds)
+    except Exception as error:
+        leave(error)
+
+
+def train(args, run, ds) -> None:
+    """Everything after the command line."""
+    from trainer.loop import TrainingRun
+    from trainer.run_folder import RunFolder, on_first_rank
+    from trainer.signals import StopRequest
+
+    stop = StopRequest(run.train.max_minutes)
+    stop.install()
+    keep_freed_memory()
+    ranks = launch.start()
+
+    def say(text: str) -> None:
+        if ranks.first:
+            print(text, flush=True)
+
+    ds.check_device(ranks.device.type)
+    for notice in ds.notices:
+        say(f"{ds.path}: {notice}")
+    folder = RunFolder(args.run_dir, args.resume, args.init_from)
+    on_first_rank(ranks, lambda: folder.open(run, ds, sys.argv, say))
+    finished = TrainingRun(run, ds, folder, ranks, stop).train()
+    say(f"{'finished' if finished else f'stopped on request ({stop.reason}) and saved; run again to continue'}: "
+        f"{folder.path}")
+    launch.stop()
+
+
+def leave(error: Exception) -> None:
+    """Says once, in one line, what went wrong, and ends this process at once: others may be waiting in a collective,
+    and their launcher ends them when it sees the exit code."""
+    code = exit_code_of(error)
+    if launch.first_to_report():
+        if code == ExitCode.UNEXPECTED:
+            traceback.print_exception(error)
+        print(f"error: {error}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,141 @@
+"""The folder of one run: who owns it, what it was configured as, where it resumes, how it ended.
+
+    config/     run.toml, deepspeed.json (both resolved), environment.json, code.diff
+    metrics.jsonl, tb/     checkpoints/step-*     samples/     model/ (once finished)     status.json
+"""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from model.errors import ConfigError
+from trainer import checkpoint
+from trainer.config import RunConfig, describe, to_toml
+from trainer.config_load import load
+from trainer.ds_config import DSConfig
+from trainer.launch import Ranks
+
+_REPOSITORY = Path(__file__).resolve().parents[1]
+_LOCK_SECONDS = 60
+_FREE_TO_CHANGE = ("eval.", "sample.", "data.valid", "data.test", "data.cache_dir", "data.prefetch", "train.steps",
+                   "train.log_every", "train.eval_every", "train.sample_every", "train.save_every", "train.keep_",
+                   "train.max_minutes", "train.activation_checkpointing", "train.deterministic")
+"""Keys (by their beginning) that a resumed run may change: they do not alter what a step computes. The number of
+steps stretches the learning rate's schedule, and is said aloud."""
+
+
+class RunFolder:
+    """resume: auto, none or a checkpoint's folder; init_from: an exported model's folder or None."""
+
+    def __init__(self, path: Path, resume: str, init_from: Path | None):
+        self.path, self.resume, self.init_from = path.absolute(), resume, init_from
+        self._began = time.monotonic()
+        self._lock = None
+
+    def open(self, run: RunConfig, ds: DSConfig, argv: list[str], say: Callable[[str], None]) -> None:
+        """Takes possession of the folder and writes down what runs here; only the first rank calls it.
+
+        ConfigError where another process holds the folder, it cannot be written, or it belongs to another
+        configuration.
+        """
+        config = self.path / "config"
+        try:
+            config.mkdir(parents=True, exist_ok=True)
+            self._acquire(say)
+            started = any((self.path / "checkpoints").glob("step-*"))
+            if started and self.resume == "none":
+                raise ConfigError("--resume", f"is none, but {self.path} holds checkpoints: choose another --run_dir, "
+                                  "or auto to continue")
+            if started:
+                self._same_configuration(run, say)
+            (config / "run.toml").write_text(to_toml(run))
+            (config / "deepspeed.json").write_text(json.dumps(ds.values, indent=1) + "\n")
+            (config / "environment.json").write_text(json.dumps(_environment(argv), indent=1) + "\n")
+            (config / "code.diff").write_text(_git("diff", "HEAD"))
+            (self.path / "status.json").unlink(missing_ok=True)
+        except OSError as error:
+            raise ConfigError("--run_dir", f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def checkpoint(self, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+        """Where to resume from, checked file by file, or None to begin at step 0."""
+        if self.resume in ("auto", "none"):
+            return checkpoint.find(self.path, say)
+        folder = Path(self.resume).absolute()
+        return folder, checkpoint.check(folder)
+
+    def mark(self, status: str, step: int, reason: str | None) -> None:
+        """Writes status.json, which launchers read: done or preempted."""
+        text = json.dumps({"status": status, "step": step, "reason": reason})
+        temporary = self.path / ".status.json"
+        temporary.write_text(text + "\n")
+        temporary.rename(self.path / "status.json")
+
+    def seconds(self) -> float:
+        """Since this process opened the run."""
+        return round(time.monotonic() - self._began, 2)
+
+    def _acquire(self, say: Callable[[str], None]) -> None:
+        """One run a folder: a run that was just interrupted may still be saving, so it is waited for."""
+        self._lock = (self.path / ".lock").open("w")
+        for second in range(_LOCK_SECONDS):
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return
+            except BlockingIOError:
+                if second == 0:
+                    say(f"waiting for another process that still uses {self.path}")
+                time.sleep(1)
+        raise ConfigError("--run_dir", f"{self.path} is in use by another process")
+
+    def _same_configuration(self, run: RunConfig, say: Callable[[str], None]) -> None:
+        before = {key.name: key.default for key in describe(load(file=self.path / "config" / "run.toml"))}
+        changed = {key.name: (before[key.name], key.default) for key in describe(run)
+                   if before[key.name] != key.default}
+        bound = [f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items()
+                 if not name.startswith(_FREE_TO_CHANGE)]
+        if bound:
+            raise ConfigError("--run_dir", f"{self.path} belongs to another configuration ({'; '.join(bound[:3])}): "
+                              "choose another --run_dir, or start as before")
+        for name, (old, new) in changed.items():
+            say(f"resuming with {name} = {new!r} (was {old!r})")
+
+
+def on_first_rank(ranks: Ranks, action: Callable[[], None]) -> None:
+    """Runs `action` on the first rank while the others wait, and raises its error on all of them."""
+    outcome: list[Exception | None] = [None]
+    if ranks.first:
+        try:
+            action()
+        except Exception as error:
+            outcome[0] = error
+    torch.distributed.broadcast_object_list(outcome)
+    if outcome[0] is not None:
+        raise outcome[0]
+
+
+def _environment(argv: list[str]) -> dict:
+    packages = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {"command": [sys.executable, *argv], "commit": _git("rev-parse", "HEAD").strip(),
+            "host": platform.node(), "platform": platform.platform(), "python": platform.python_version(),
+            "cuda": torch.version.cuda,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+            "packages": dict(sorted(packages.items(), key=lambda item: item[0].lower()))}
+
+
+def _git(*arguments: str) -> str:
+    """Output of git in the program's repository; empty where it is no git checkout."""
+    try:
+        return subprocess.run(["git", "-C", str(_REPOSITORY), *arguments], capture_output=True, text=True,
+                              timeout=30).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
