@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
+from model.allocator import keep_freed_memory
 from model.config import MoEConfig
 from model.moe.backends import choose_backend
 from model.moe.layer import MoELayer

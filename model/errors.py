@@ -8,6 +8,10 @@ class ConfigError(ValueError):
         self.key, self.problem = key, problem
         super().__init__(f"{key}: {problem}")
 
+    def __reduce__(self) -> tuple:
+        """Pickles by both arguments, so that the error can travel between ranks."""
+        return type(self), (self.key, self.problem)
+
 
 class BackendUnavailable(ConfigError):
     """A kernel backend asked for by name that cannot run here; says why and what `auto` would choose."""

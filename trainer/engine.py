@@ -115,8 +115,11 @@ class Engine:
                 self._publish(self._masters())
 
     def full_state(self) -> dict[str, Tensor]:
-        """All weights of the model, whole, on every rank's CPU; call inside `averaged_weights` for the average."""
-        with deepspeed.zero.GatheredParameters(list(self.model.parameters()), enabled=self.zero_stage == 3):
+        """All averaged weights of the model, whole, on every rank's CPU; to be called inside `averaged_weights`,
+        which has gathered the model's own parameters."""
+        own = {id(parameter) for parameter in self._own}
+        rest = [parameter for parameter in self.model.parameters() if id(parameter) not in own]
+        with deepspeed.zero.GatheredParameters(rest, enabled=self.zero_stage == 3):
             return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
 
     def _masters(self) -> list[Tensor]:
@@ -133,8 +136,12 @@ class Engine:
         for master, part in zip(masters, parts, strict=True):
             master.data = part
         if self.zero_stage == 3:
+            # As in DeepSpeed's own step: small parameters stay gathered between steps and are gathered anew.
+            optimizer._partition_all_parameters()
             for index in range(len(masters)):
                 optimizer._reassign_or_swap_out_partitioned_parameters(index)
+            if optimizer.persistent_parameters:
+                optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
         else:
             optimizer.update_lp_params()
         for master, data in zip(masters, held, strict=True):

@@ -36,7 +36,7 @@ class TrainingRun:
     def __init__(self, run: RunConfig, ds: DSConfig, folder: RunFolder, ranks: Ranks, stop: StopRequest):
         self.ds, self.folder, self.ranks, self.stop = ds, folder, ranks, stop
         torch.use_deterministic_algorithms(run.train.deterministic)
-        self.data = prepare(run.data, splits=("train", "valid"), progress=ranks.first)
+        self.data = prepare(run.data, splits=("train", "valid"), progress=True)
         self.vocabulary = vocabulary = self.data.vocabulary
         self.run = run = replace(run, model=replace(
             run.model, vocab_size=vocabulary.size, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id,
@@ -62,7 +62,7 @@ class TrainingRun:
         """Trains to the last step or until asked to stop. Returns whether the run is finished."""
         run, last = self.run.train, self.run.train.steps
         with tqdm(total=last, initial=self.step, desc="training", unit="step", disable=not self.ranks.first,
-                  dynamic_ncols=True, mininterval=1.0) as bar:
+                  dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 15.0) as bar:
             for info, micro_batches in self.loader.stream(self.step):
                 if self.step >= last or self.stop.agreed(self.ranks.control):
                     break

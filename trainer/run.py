@@ -8,6 +8,7 @@ _ROOT = str(Path(__file__).resolve().parents[1])
 sys.path = [_ROOT, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(_ROOT, "trainer"))]
 
 import os  # noqa: E402
+import time  # noqa: E402
 import traceback  # noqa: E402
 
 from model.allocator import keep_freed_memory  # noqa: E402
@@ -66,6 +67,8 @@ def leave(error: Exception) -> None:
         print(f"error: {error}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
+    if os.environ.get("RANK") == "0":
+        time.sleep(1)  # the others ask this process whether the error was reported
     os._exit(code)
 
 

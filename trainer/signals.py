@@ -33,6 +33,7 @@ class StopRequest:
             self.reason = self.reason or "time budget"
         flag = torch.tensor([self.reason is not None], dtype=torch.uint8)
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
-        if flag.item() and self.reason is None:
-            self.reason = "another rank's request"
-        return self.reason is not None
+        if not flag.item():
+            return False  # even if a signal came in between: the other ranks do not know of it yet
+        self.reason = self.reason or "another rank's request"
+        return True

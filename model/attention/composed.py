@@ -53,13 +53,13 @@ class _SparseAttention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, dout: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
         q, k, v, out, lse_QH = ctx.saved_tensors
         plan, dout = ctx.plan, dout.contiguous()
-        window_dout = dout if plan.replaced is None else dout.index_fill(0, plan.replaced, 0)
-        dtype = q.dtype if all(part.sets_keys for part in plan.parts) else lse_dtype(q.dtype)
+        kept_dout = dout if plan.replaced is None else dout.index_fill(0, plan.replaced, 0)
+        dtype = q.dtype if len(plan.parts) == 1 else lse_dtype(q.dtype)
         dq, dk, dv = (_Total(x, dtype) for x in (q, k, v))
         for part in plan.parts:
             here, keys = (part.q_rows, part.heads), (part.k_rows, part.heads)
             dq_part, dk_part, dv_part = part.kernel.backward(
-                _take(window_dout if part.sets_keys else dout, *here), _take(q, *here), _take(k, *keys),
+                _take(kept_dout if part.replaced else dout, *here), _take(q, *here), _take(k, *keys),
                 _take(v, *keys), _take(out, *here), _take(lse_QH, *here).T, plan.scale)
             dq.collect(*here, dq_part, part.sets_rows)
             dk.collect(*keys, dk_part, part.sets_keys)

@@ -30,17 +30,21 @@ from model.attention.segments import Kernel, Segments
 from model.batch import TokenLayout
 from model.errors import ConfigError
 
+LONG_CLASS = 1024
+"""Rows from which a residue class has a kernel call of its own, on a view instead of gathered rows."""
+
 Rows = slice | Tensor
-"""Rows of a tensor: a slice where they are consecutive (a view, no copy), otherwise distinct int64 indices."""
+"""Rows of a tensor: a slice where they are evenly spaced (a view, no copy), otherwise distinct int64 indices."""
 
 
 @dataclass(frozen=True)
 class Part:
     """One share of the allowed pairs: `kernel` on some rows and heads.
 
+    pairs: number of (query, key, head) that count.
     sets_rows: the output is the first of its queries, or replaces an earlier one; otherwise it is merged.
     sets_keys: the gradients are the first of its keys; otherwise they are added.
-    pairs: number of (query, key, head) that count.
+    replaced: a later part replaces the output of the queries in the plan's `replaced`, which get no gradient here.
     """
 
     kernel: Kernel
@@ -50,6 +54,7 @@ class Part:
     pairs: int
     sets_rows: bool = False
     sets_keys: bool = False
+    replaced: bool = False
 
     def to(self, device: torch.device | str) -> Part:
         return replace(self, kernel=self.kernel.to(device), q_rows=_move(self.q_rows, device),
@@ -60,7 +65,7 @@ class Part:
 class AttentionPlan:
     """What `sparse_attention` follows, for q of `queries` rows and k, v of `keys` rows.
 
-    replaced: rows of q whose output of part 1 is replaced by part 2, or None.
+    replaced: rows of q whose output of the windows the global queries' part replaces, or None.
     """
 
     parts: tuple[Part, ...]
@@ -98,16 +103,20 @@ def build_plan(layout: TokenLayout, pattern: AttentionPattern, *, head_dim: int,
     target_N = layout.is_target_T[token_N]
     asking_N = slice(None) if queries == "all" else target_N
     streams = _Streams.of(token_N[asking_N], owner_N[asking_N], query_T, layout.is_global_T)
-    parts = [
-        *_windows(streams, pattern, kernel),
-        *_whole(streams, streams.global_N, torch.ones_like(streams.global_N), heads, kernel, sets_rows=True),
-        *_whole(streams, ~streams.global_N, streams.leads_N, heads, kernel),
-        *_scattered(streams, pattern, kernel),
-    ]
+    everyone_N, scattered_N = torch.ones_like(streams.global_N), streams.global_N & ~streams.leads_N
+    windows = _windows(streams, pattern, kernel)
+    whole = _whole(streams, streams.global_N, everyone_N, heads, kernel, sets_rows=True)
+    replaced_Q = streams.query_N[scattered_N]
+    if len(replaced_Q):
+        windows = [replace(part, sets_keys=True, replaced=True) for part in windows]
+        parts = [*windows, *whole, *_scattered(streams, scattered_N, pattern, kernel)]
+    else:
+        parts = [replace(part, sets_keys=True) for part in whole]
+        parts += [replace(part, sets_keys=not whole) for part in windows]
+    parts += _whole(streams, ~streams.global_N, streams.leads_N, heads, kernel)
     if pattern.cached:
         documents = _Streams.of(token_N, layout.document_T[token_N], query_T, layout.is_global_T)
         parts += _whole(documents, target_N, ~target_N, heads, kernel)
-    replaced_Q = streams.query_N[streams.global_N & ~streams.leads_N]
     return AttentionPlan(tuple(parts), queries=len(layout) if queries == "all" else int(target_N.sum()),
                          keys=len(layout), heads=heads, scale=1 / math.sqrt(head_dim),
                          replaced=replaced_Q if len(replaced_Q) else None)
@@ -160,21 +169,26 @@ def _in_streams(layout: TokenLayout, cached: bool) -> tuple[Tensor, Tensor]:
 
 
 def _windows(streams: _Streams, pattern: AttentionPattern, kernel: Callable[..., Kernel]) -> list[Part]:
-    """Part 1, one for each run of heads of equal dilation."""
+    """Part 1: for each run of heads of equal dilation, one part, or one for each residue class if they are long."""
     inner_N = ~streams.leads_N
     token_N, query_N, length_S = streams.token_N[inner_N], streams.query_N[inner_N], streams.lengths(inner_N)
     counts_N = ~streams.global_N[inner_N]
     parts, first, left, right = [], 0, *pattern.window
     for dilation, run in groupby(pattern.dilations if len(token_N) else ()):
         heads = slice(first, first + len(list(run)))
+        first = heads.stop
         order_N, length_C = _residue_classes(length_S, dilation)
         rank_N, length_N = _ranks(length_C), torch.repeat_interleave(length_C, length_C)
         seen_N = rank_N.clamp(max=left) + (length_N - 1 - rank_N).clamp(max=right) + 1
-        parts.append(Part(
-            kernel(Segments.of(length_C, length_C, pattern.window), heads=heads.stop - first), heads,
-            _rows(query_N[order_N]), _rows(token_N[order_N]), int(seen_N[counts_N[order_N]].sum()) * (heads.stop - first),
-            sets_rows=True, sets_keys=True))
-        first = heads.stop
+        seen_N *= counts_N[order_N]
+        alone = dilation > 1 and int(length_C.min()) >= LONG_CLASS
+        pieces = length_C.tolist() if alone else [len(order_N)]
+        for rows_N, row_seen_N, lengths in zip(
+                order_N.split(pieces), seen_N.split(pieces), length_C.split(1) if alone else [length_C], strict=True):
+            parts.append(Part(
+                kernel(Segments.of(lengths, lengths, pattern.window), heads=heads.stop - heads.start), heads,
+                _rows(query_N[rows_N]), _rows(token_N[rows_N]),
+                int(row_seen_N.sum()) * (heads.stop - heads.start), sets_rows=True))
     return parts
 
 
@@ -204,11 +218,9 @@ def _whole(streams: _Streams, asking_N: Tensor, seen_N: Tensor, heads: int, kern
                  int((asking_S * seen_S).sum()) * heads, sets_rows=sets_rows)]
 
 
-def _scattered(streams: _Streams, pattern: AttentionPattern, kernel: Callable[..., Kernel]) -> list[Part]:
+def _scattered(streams: _Streams, key_N: Tensor, pattern: AttentionPattern, kernel: Callable[..., Kernel],
+               ) -> list[Part]:
     """Part 4, with a mask for each stream; the stream's global queries take part without seeing anything."""
-    key_N = streams.global_N & ~streams.leads_N
-    if not key_N.any():
-        return []
     keys_S = streams.lengths(key_N)
     most = int(keys_S.max())
     if most > MAX_SCATTERED_GLOBALS:
@@ -240,8 +252,10 @@ def _ranks(length_S: Tensor) -> Tensor:
 
 
 def _rows(index_N: Tensor) -> Rows:
-    if bool((index_N.diff() == 1).all()):
-        return slice(int(index_N[0]), int(index_N[0]) + len(index_N))
+    first, last = int(index_N[0]), int(index_N[-1])
+    step = int(index_N[1]) - first if len(index_N) > 1 else 1
+    if step > 0 and bool((index_N.diff() == step).all()):
+        return slice(first, last + 1, step)
     return index_N
 
 

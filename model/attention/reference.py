@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from model.attention.segments import SegmentKernel, Segments, lse_dtype
+from model.attention.segments import Segments, lse_dtype
 
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -39,39 +38,47 @@ def _scores(q: Tensor, k: Tensor, mask: Tensor | None, scale: float) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Reference(SegmentKernel):
-    """`Kernel` out of dense products; the loop is over segments."""
+class Reference:
+    """`Kernel` out of dense products; the loop is over segments, by (rows of q, rows of k and v)."""
+
+    pieces: tuple[tuple[slice, slice], ...]
+    window: tuple[int, int] | None
+
+    @classmethod
+    def build(cls, segments: Segments, *, heads: int, head_dim: int, dtype: torch.dtype) -> Reference:
+        pieces = zip(*(map(slice, cu.tolist(), cu[1:].tolist()) for cu in (segments.cu_q_S, segments.cu_k_S)),
+                     strict=False)
+        return cls(tuple(pieces), segments.window)
+
+    def to(self, device: torch.device | str) -> Reference:
+        return self
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         out, lse = torch.empty_like(q), q.new_empty((q.shape[1], q.shape[0]), dtype=lse_dtype(q.dtype))
-        for rows, keys, mask in _pieces(self.segments):
-            out_HQK, lse[:, rows] = dense_forward(_heads(q[rows]), _heads(k[keys]), _heads(v[keys]), mask, scale)
+        for rows, keys in self.pieces:
+            q_HQK, k_HNK, v_HNK = (_heads(x) for x in (q[rows], k[keys], v[keys]))
+            out_HQK, lse[:, rows] = dense_forward(q_HQK, k_HNK, v_HNK, self._mask(q_HQK), scale)
             out[rows] = _heads(out_HQK)
         return out, lse
 
     def backward(self, dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float,
                  ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        for rows, keys, mask in _pieces(self.segments):
-            grads = dense_backward(_heads(dout[rows]), _heads(q[rows]), _heads(k[keys]), _heads(v[keys]),
-                                   _heads(out[rows]), lse[:, rows], mask, scale)
+        for rows, keys in self.pieces:
+            dout_HQK, q_HQK, k_HNK, v_HNK, out_HQK = (
+                _heads(x) for x in (dout[rows], q[rows], k[keys], v[keys], out[rows]))
+            grads = dense_backward(dout_HQK, q_HQK, k_HNK, v_HNK, out_HQK, lse[:, rows], self._mask(q_HQK), scale)
             dq[rows], dk[keys], dv[keys] = map(_heads, grads)
         return dq, dk, dv
+
+    def _mask(self, q_HQK: Tensor) -> Tensor | None:
+        if self.window is None:
+            return None
+        place_Q = torch.arange(q_HQK.shape[1], device=q_HQK.device)
+        distance_QN = place_Q[None, :] - place_Q[:, None]
+        return (distance_QN >= -self.window[0]) & (distance_QN <= self.window[1])
 
 
 def _heads(x: Tensor) -> Tensor:
     """[Q, H, K] <-> [H, Q, K]."""
     return x.transpose(0, 1)
-
-
-def _pieces(segments: Segments) -> Iterator[tuple[slice, slice, Tensor | None]]:
-    """(rows of q, rows of k and v, mask [Q, N] or None) of each segment."""
-    bounds_q, bounds_k = segments.cu_q_S.tolist(), segments.cu_k_S.tolist()
-    for s in range(len(bounds_q) - 1):
-        rows, keys = slice(bounds_q[s], bounds_q[s + 1]), slice(bounds_k[s], bounds_k[s + 1])
-        mask = None
-        if segments.window is not None:
-            place_N = torch.arange(keys.stop - keys.start, device=segments.cu_k_S.device)
-            distance_NN = place_N[None, :] - place_N[:, None]
-            mask = (distance_NN >= -segments.window[0]) & (distance_NN <= segments.window[1])
-        yield rows, keys, mask

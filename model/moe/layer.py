@@ -15,8 +15,7 @@ _SHARED_NUMBER = -2
 
 
 class MoELayer(nn.Module):
-    """Feed-forward of width D = `width` with `config.experts` experts, of which each token passes
-    `config.top_k`,
+    """Feed-forward of width D = `width` with `config.experts` experts, of which each token passes `config.top_k`,
     and one more that all tokens pass if `config.shared_ffn` is not 0.
 
     State: `router.weight` [E, D]; `experts.w1`, `.w2`, `.w3` [E, F, D]; `shared.w1`, `.w2`, `.w3`

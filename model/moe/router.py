@@ -48,10 +48,11 @@ class Router(nn.Module):
         self.top_k, self.normalize, self.jitter = top_k, normalize, jitter
         self.weight = nn.Parameter(torch.empty(experts, width))
 
+    @torch.no_grad()
     def init_weights(self, seed: int, layer_index: int) -> None:
         """Small normal weights, so that training starts from an almost even load."""
         generator = keyed_generator(seed, layer_index, _INITIAL_KEY)
-        nn.init.normal_(self.weight, std=_INITIAL_STD, generator=generator)
+        self.weight.copy_(torch.randn(self.weight.shape, generator=generator) * _INITIAL_STD)
 
     def forward(self, x_TD: Tensor, row_T: Tensor, rows: int,
                 jitter_noise_TD: Tensor | None = None) -> tuple[Tensor, MoEAux]:

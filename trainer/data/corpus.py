@@ -97,7 +97,8 @@ class Corpus:
     def _load(self, datasets) -> Dataset:
         if self.hub:
             name, configuration, split = self.hub
-            return datasets.load_dataset(name, configuration, split=split, cache_dir=str(self.cache_dir))
+            return datasets.load_dataset(name, configuration, split=split, cache_dir=str(self.cache_dir),
+                                         keep_in_memory=False)  # its files are what `digest` reads
         paths = [str(path) for path in self.files]
         # A folder of its own for every content: the data set's own cache goes by name and time of the files.
         cache = str(self.cache_dir / self.digest[:16])

@@ -84,23 +84,27 @@ class Samples:
         return source_segment(self.cache.source(self.document_S[sample], 0, length - 2), length,
                               self.cache.bos_id, self.cache.eos_id)
 
-    def segment(self, sample: int, source_of: int | None = None) -> Segment:
-        """A sample with its own source or with that of another."""
+    def canvas(self, sample: int) -> np.ndarray:
+        """Target tokens, </s>, <pad> of a sample, int64 [max_target_tokens]."""
         start = int(self.start_S[sample])
         text = self.cache.target(self.document_S[sample], start, start + self.canvas_tokens)
         canvas = np.full(self.canvas_tokens, self.cache.pad_id, np.int64)
         canvas[:len(text)] = text
         canvas[len(text):len(text) + 1] = self.cache.eos_id
-        return Segment(self.source(sample if source_of is None else source_of), canvas,
+        return canvas
+
+    def segment(self, sample: int, source_of: int | None = None) -> Segment:
+        """A sample with its own source or with that of another."""
+        return Segment(self.source(sample if source_of is None else source_of), self.canvas(sample),
                        int(self.loss_tokens_S[sample]), int(sample))
 
     def canvas_counts(self, most: int = 20_000) -> np.ndarray:
-        """How often each token stands on a canvas, <pad> included [V], from at most `most` samples spread evenly."""
+        """How often each token stands on a canvas, <pad> included [V], from at most `most` samples spread
+        evenly."""
         counts = np.zeros(self.cache.vocab_size, np.int64)
         chosen = np.arange(min(most, len(self))) * len(self) // min(most, len(self))
         for part in np.array_split(chosen, -(-len(chosen) // 256)):
-            canvases = np.concatenate([self.segment(sample).canvas for sample in part])
-            counts += np.bincount(canvases, minlength=len(counts))
+            counts += np.bincount(np.concatenate([self.canvas(sample) for sample in part]), minlength=len(counts))
         return counts
 
     def describe(self) -> str:

@@ -24,18 +24,24 @@ class PreparedData:
     caches: dict[str, TokenCache]
 
     def samples(self, split: str, draws: int | None = None) -> Samples:
-        """A split's samples with the configuration's lengths. draws: data.draws_per_source unless given."""
+        """A split's samples with the configuration's lengths.
+
+        With `draws` other than data.draws_per_source the rows are longer or shorter by as many canvases, so that
+        documents keep the sources they have in training.
+        """
         config = self.config
+        draws = draws or config.draws_per_source
+        more = (draws - config.draws_per_source) * config.max_target_tokens
         return Samples(self.caches[split], max_source_tokens=config.max_source_tokens,
-                       max_target_tokens=config.max_target_tokens, row_tokens=config.row_tokens,
-                       draws=draws or config.draws_per_source)
+                       max_target_tokens=config.max_target_tokens, row_tokens=config.row_tokens + more,
+                       draws=draws)
 
 
 def prepare(config: DataConfig, *, splits: tuple[str, ...] = SPLITS, progress: bool = False) -> PreparedData:
     """Trains the vocabulary and tokenizes the corpora, or finds both in `config.cache_dir`.
 
-    Every rank may call this at once: one works, the others wait. Only the rank that is to report gives
-    `progress`. Raises ConfigError and DataError.
+    Every rank may call this at once: one works, the others wait. With `progress` on all ranks, the one that
+    works shows a bar. Raises ConfigError and DataError.
     """
     config.validate()
     corpora = {split: find_corpus(getattr(config, split), split, config)

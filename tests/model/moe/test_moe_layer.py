@@ -137,6 +137,15 @@ def test_initial_weights_belong_to_seed_layer_and_expert():
         assert first[f"experts.{name}"].std().item() == pytest.approx(std, rel=0.05)
 
 
+def test_initial_weights_do_not_depend_on_precision():
+    config = MoEConfig(experts=2, ffn=16)
+    low, high = MoELayer(16, config).to(torch.bfloat16), MoELayer(16, config)
+    low.init_weights(1, 0)
+    high.init_weights(1, 0)
+    for name, value in low.state_dict().items():
+        assert torch.equal(value, high.state_dict()[name].bfloat16()), name
+
+
 def test_a_share_of_the_experts_draws_the_same_weights():
     whole, share = Experts(6, 16, 8), Experts(2, 16, 8)
     whole.init_weights(5, 2)

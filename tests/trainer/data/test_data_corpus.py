@@ -166,12 +166,23 @@ def test_mixed_formats_are_refused(corpus, folder):
     ("owner/name:3.0.0:test", "train", ("owner/name", "3.0.0", "test")),
 ])
 def test_hub_names(corpus, monkeypatch, where, split, asked):
-    def load(name, configuration, *, split, cache_dir):
-        assert (name, configuration, split) == asked and cache_dir.endswith("cache/datasets")
+    def load(name, configuration, *, split, cache_dir, keep_in_memory):
+        assert (name, configuration, split) == asked
+        assert cache_dir.endswith("cache/datasets") and not keep_in_memory
         return datasets.Dataset.from_dict({"src": ["a"], "trg": ["b"], "more": [1]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert read(corpus(where, split)) == [("a", "b")]
+
+
+def test_hub_digest_depends_on_content(corpus, tmp_path, write_jsonl, monkeypatch):
+    def digest(target):
+        path = write_jsonl([{"src": "a", "trg": target}])
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_json(
+            str(path), cache_dir=str(tmp_path / target)))
+        return corpus("owner/name").digest
+
+    assert len({digest("b"), digest("c")}) == 2
 
 
 def test_unreachable_hub_is_one_line(corpus, monkeypatch):

@@ -130,3 +130,12 @@ def test_description_counts_what_was_cut(cache_of):
                       max_target_tokens=4, row_tokens=11)
     assert samples.describe() == ("4 documents, 4 samples, 16 source and 10 target tokens; cut: 25.0 % of sources "
                                   "to their limit, 25.0 % to the row, 25.0 % of targets")
+
+
+def test_canvas_counts(cache_of):
+    samples = Samples(cache_of([([5], [6, 6]), ([5], [7]), ([5], [8])]), max_source_tokens=0, max_target_tokens=4,
+                      row_tokens=20)
+    counts = samples.canvas_counts()
+    assert {token: int(counts[token]) for token in counts.nonzero()[0]} == {6: 2, 7: 1, 8: 1, EOS: 3, PAD: 5}
+    assert len(counts) == 1000
+    assert samples.canvas_counts(most=2).sum() == 8

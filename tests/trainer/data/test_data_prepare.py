@@ -33,6 +33,15 @@ def test_bundled_documents_reach_the_batch(config, prepared):
     assert targets[int(batch.sample_C[0])].startswith(text) and len(text) > 20
 
 
+@pytest.mark.parametrize("draws", [1, 40])
+def test_other_draws_keep_the_sources_of_training(config, prepared, draws):
+    few = replace(config, row_tokens=500)  # so that sources are cut to the row
+    training, other = (replace(prepared, config=few).samples("train", draws=n) for n in (None, draws))
+    assert training.sources_cut_to_row > 0 and other.draws == draws
+    assert (training.source_tokens_S == other.source_tokens_S).all()
+    assert (other.tokens_S <= other.row_tokens).all()
+
+
 def test_second_time_finds_everything(config, prepared, monkeypatch):
     monkeypatch.setattr(module.Corpus, "batches", None)
     again = prepare(config)

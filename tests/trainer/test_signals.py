@@ -1,0 +1,49 @@
+"""Requests to stop."""
+
+import os
+import signal
+
+import pytest
+import torch
+
+from trainer.signals import HANDLED, StopRequest
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in HANDLED}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", HANDLED)
+def test_a_signal_only_sets_the_reason(handlers, monkeypatch, number):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    stop = StopRequest()
+    stop.install()
+    assert not stop.agreed(None)
+    os.kill(os.getpid(), number)
+    assert stop.agreed(None) and stop.reason == signal.Signals(number).name
+
+
+def test_a_signal_during_the_agreement_waits_for_the_next_one(handlers, monkeypatch):
+    """The other ranks have not heard of it: answering yes on this rank alone would part them."""
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    stop = StopRequest()
+    stop.install()
+    assert not stop.agreed(None)
+    assert stop.agreed(None)
+
+
+def test_another_ranks_request_stops_this_one(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, **_: flag.fill_(1))
+    stop = StopRequest()
+    assert stop.agreed(None) and stop.reason == "another rank's request"
+
+
+def test_time_budget(monkeypatch):
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_, **__: None)
+    assert not StopRequest(max_minutes=10).agreed(None)
+    assert StopRequest(max_minutes=1e-9).agreed(None)
+    assert not StopRequest(max_minutes=0).agreed(None)
