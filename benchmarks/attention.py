@@ -103,7 +103,8 @@ def peak_mib(run: Run) -> float:
 
 def compare_lengths(lengths: list[int], dense_limit: int, repeats: int) -> list[dict]:
     rows = []
-    print(f"{'tokens':>7} {'composed':>17} {'SDPA masked':>17} {'SDPA':>17} {'Longformer':>17}   of SDPA  of Longformer")
+    titles = " ".join(f"{name:>17}" for name in ("composed", "SDPA masked", "SDPA", "Longformer"))
+    print(f"{'tokens':>7} {titles}   of SDPA  of Longformer")
     for tokens in lengths:
         runs = {"composed": composed(tokens), "longformer": longformer(tokens)}
         if tokens <= dense_limit:

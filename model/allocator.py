@@ -1,21 +1,24 @@
-"""Memory policy of the C library on the CPU.
-
-PyTorch returns every freed CPU tensor to malloc. For large ones glibc then gives the pages back to the system, and
-the next tensor of that size pays for them again, page by page; long sequences spend much of their time so.
-"""
+"""glibc's allocator, told to keep the memory that tensors free."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
 
-_M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+_BYTES = 1 << 30
 
 
 def keep_freed_memory() -> bool:
-    """Makes malloc keep freed memory for the next tensor, for the rest of the process. The process then holds its
-    peak. False where the C library is not glibc, which changes nothing."""
+    """Makes this process reuse freed memory up to 1 GiB a block instead of returning it to the system.
+
+    By default glibc maps every large tensor anew, and the page faults of first touch cost more than much of the
+    arithmetic at long lengths. Call it once, before large tensors exist. Returns whether it took effect (glibc only).
+    """
+    if not sys.platform.startswith("linux"):
+        return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
+    except (OSError, AttributeError):
         return False
-    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, 2**31 - 1))
+    return bool(mallopt(_M_MMAP_THRESHOLD, _BYTES) and mallopt(_M_TRIM_THRESHOLD, _BYTES))

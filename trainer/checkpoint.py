@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from pathlib import Path
 
 import torch
 
+from trainer.data.files import sync
 from trainer.errors import CheckpointError
 from trainer.launch import Ranks
 
@@ -39,11 +39,13 @@ def save(run_dir: Path, step: int, facts: dict, write, ranks: Ranks, keep_last: 
     torch.distributed.all_gather_object(shares, mine)
     if ranks.first:
         manifest = {"step": step, **facts, "files": {n: e for share in shares for n, e in share.items()}}
-        _write_synced(temporary / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True))
+        (temporary / MANIFEST).write_text(json.dumps(manifest, indent=1, sort_keys=True))
+        sync(temporary / MANIFEST)
         if final.exists():  # a damaged one that was passed over
             shutil.rmtree(final)
+        sync(temporary)
         temporary.rename(final)
-        _sync_folder(final.parent)
+        sync(final.parent)
         _prune(run_dir, keep_last, keep_every)
     torch.distributed.barrier()
     return final
@@ -86,26 +88,10 @@ def _prune(run_dir: Path, keep_last: int, keep_every: int) -> None:
 
 
 def _seal(path: Path) -> dict:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    sync(path)
     return {"bytes": path.stat().st_size, "sha256": _digest(path)}
 
 
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -185,20 +185,37 @@ def _windowed_tiles(segments: Segments, block: int, limit: int, dtype: torch.dty
 
 def _band_tiles(owner_N: Tensor, start: int, stop: int, window: tuple[int, int], block: int, limit: int,
                 dtype: torch.dtype) -> Iterator[Tile]:
-    """Blocks of `block` queries over the rows start .. stop, and one shorter block for the rest."""
+    """Blocks of `block` queries over the rows start .. stop, and one shorter block for the rest. Long runs of blocks
+    whose keys all lie in one segment have one mask between them."""
     left, right = window
     owners = F.pad(owner_N, (left, right), value=-1)  # owner of row n at n + left
-    while start < stop:
-        queries = min(block, stop - start)
-        blocks = min((stop - start) // queries, max(limit // queries, 1))
+
+    def tile(blocks: int, queries: int, shared_mask: Tensor | None) -> Tile:
         keys, end = left + queries + right, start + blocks * queries
-        inside_QN = _band(queries, keys, left, window)
-        mask_BQN = inside_QN[None]
-        if owners[start] < 0 or owners[start] != owners[end - 1 + left + right]:  # the tile's keys: several segments
+        mask = shared_mask
+        if mask is None:
             key_owner_BN = owners[start:end + left + right].unfold(0, keys, queries)
-            mask_BQN = mask_BQN & (owner_N[start:end].view(blocks, queries, 1) == key_owner_BN[:, None])
-        yield Tile(start, start - left, blocks, queries, keys, queries, _additive(mask_BQN[:, None], dtype))
-        start = end
+            same_BQN = owner_N[start:end].view(blocks, queries, 1) == key_owner_BN[:, None]
+            mask = _additive((same_BQN & _band(queries, keys, left, window))[:, None], dtype)
+        return Tile(start, start - left, blocks, queries, keys, queries, mask)
+
+    keys, rows = left + block + right, (stop - start) // block * block
+    first_B, last_B = (owners[row:row + rows:block] for row in (start, start + keys - 1))
+    band = _additive(_band(block, keys, left, window)[None, None], dtype)
+    most = max(limit // block, 1)
+    for within, count in _runs(((first_B >= 0) & (first_B == last_B)).tolist(), most // 2):
+        for blocks in _split(count, most):
+            yield tile(blocks, block, band if within else None)
+            start += blocks * block
+    if start < stop:
+        yield tile(1, stop - start, None)
+
+
+def _runs(flags: list[bool], shortest: int) -> Iterator[tuple[bool, int]]:
+    """Lengths of the runs of equal flags, where runs of True below `shortest` count as False."""
+    runs = [(flag, len(list(group))) for flag, group in groupby(flags)]
+    for flag, group in groupby(runs, lambda run: run[0] and run[1] >= shortest):
+        yield flag, sum(count for _, count in group)
 
 
 def _band(queries: int, keys: int, left: int, window: tuple[int, int]) -> Tensor:

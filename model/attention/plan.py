@@ -30,8 +30,9 @@ from model.attention.segments import Kernel, Segments
 from model.batch import TokenLayout
 from model.errors import ConfigError
 
-LONG_CLASS = 1024
-"""Rows from which a residue class has a kernel call of its own, on a view instead of gathered rows."""
+LONG_CLASS, FEW_CLASSES = 1024, 8
+"""Residue classes of at least so many rows, if they are so few, have kernel calls of their own, on views of every
+d-th row; otherwise one call takes all, on gathered rows."""
 
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they are evenly spaced (a view, no copy), otherwise distinct int64 indices."""
@@ -172,24 +173,28 @@ def _windows(streams: _Streams, pattern: AttentionPattern, kernel: Callable[...,
     """Part 1: for each run of heads of equal dilation, one part, or one for each residue class if they are long."""
     inner_N = ~streams.leads_N
     token_N, query_N, length_S = streams.token_N[inner_N], streams.query_N[inner_N], streams.lengths(inner_N)
-    counts_N = ~streams.global_N[inner_N]
-    parts, first, left, right = [], 0, *pattern.window
+    ordinary_N = ~streams.global_N[inner_N]
+    parts, first = [], 0
     for dilation, run in groupby(pattern.dilations if len(token_N) else ()):
         heads = slice(first, first + len(list(run)))
         first = heads.stop
         order_N, length_C = _residue_classes(length_S, dilation)
-        rank_N, length_N = _ranks(length_C), torch.repeat_interleave(length_C, length_C)
-        seen_N = rank_N.clamp(max=left) + (length_N - 1 - rank_N).clamp(max=right) + 1
-        seen_N *= counts_N[order_N]
-        alone = dilation > 1 and int(length_C.min()) >= LONG_CLASS
-        pieces = length_C.tolist() if alone else [len(order_N)]
-        for rows_N, row_seen_N, lengths in zip(
-                order_N.split(pieces), seen_N.split(pieces), length_C.split(1) if alone else [length_C], strict=True):
-            parts.append(Part(
-                kernel(Segments.of(lengths, lengths, pattern.window), heads=heads.stop - heads.start), heads,
-                _rows(query_N[rows_N]), _rows(token_N[rows_N]),
-                int(row_seen_N.sum()) * (heads.stop - heads.start), sets_rows=True))
+        calls = [(order_N, length_C)]
+        if dilation > 1 and len(length_C) <= FEW_CLASSES and int(length_C.min()) >= LONG_CLASS:
+            calls = zip(order_N.split(length_C.tolist()), length_C.split(1), strict=True)
+        for rows_N, length_R in calls:
+            count = heads.stop - heads.start
+            parts.append(Part(kernel(Segments.of(length_R, length_R, pattern.window), heads=count), heads,
+                              _rows(query_N[rows_N]), _rows(token_N[rows_N]),
+                              count * _window_pairs(length_R, pattern.window, ordinary_N[rows_N]), sets_rows=True))
     return parts
+
+
+def _window_pairs(length_S: Tensor, window: tuple[int, int], ordinary_N: Tensor) -> int:
+    """Keys that the queries marked in `ordinary_N` see within segments of these lengths."""
+    rank_N, last_N = _ranks(length_S), torch.repeat_interleave(length_S - 1, length_S)
+    seen_N = rank_N.clamp(max=window[0]) + (last_N - rank_N).clamp(max=window[1]) + 1
+    return int(seen_N[ordinary_N].sum())
 
 
 def _residue_classes(length_S: Tensor, dilation: int) -> tuple[Tensor, Tensor]:

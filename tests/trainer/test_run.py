@@ -1,4 +1,4 @@
-"""Whole runs: the number of ranks and the ZeRO stage change nothing, an interrupted run ends as an uninterrupted one."""
+"""Whole runs: ranks and ZeRO stages change nothing, and an interrupted run ends as an uninterrupted one."""
 
 import signal
 import time
@@ -45,7 +45,7 @@ def test_ranks_and_zero_stages_give_the_same_losses(workplace, world, stage):
 
 
 def test_accumulated_micro_batches_equal_one_large_one(workplace):
-    folder, settings, reference = workplace
+    folder, settings, _ = workplace
     run_dir = folder / "accumulated"
     finish(start(1, ds_config(folder, micro=1, accumulation=2, stage=2), run_dir, {**settings, "train.steps": 10,
                                                                                    "optim.schedule": "constant"}))

@@ -52,7 +52,7 @@ def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[P
 
 def _move(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
     for path in [*temporary.glob("*"), temporary]:
-        _sync(path)
+        sync(path)
     if final.exists() and not is_whole(final):
         _remove(final)
     try:
@@ -60,10 +60,11 @@ def _move(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> Non
     except OSError:
         if not is_whole(final):  # otherwise another host was faster, without a common lock
             raise
-    _sync(final.parent)
+    sync(final.parent)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

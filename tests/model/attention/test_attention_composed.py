@@ -119,11 +119,21 @@ def test_many_scattered_globals_are_refused_and_a_long_prefix_is_not():
         build_plan(layout, pattern, **arguments)
 
 
-def test_plan_is_cheap_and_linear():
-    """The plan of a long document holds masks for the blocks at its ends only."""
+def test_masks_do_not_grow_with_the_document():
+    """Only the blocks at its ends have masks of their own."""
     def mask_bytes(tokens):
-        plan = build_plan(stream([(tokens, 0, 1)]), AttentionPattern((128, 128), (1,), False), head_dim=64,
+        plan = build_plan(stream([(tokens, 0, 1)]), AttentionPattern((128, 128), (1, 2), False), head_dim=64,
                           dtype=torch.float32, backend="cpu_band")
-        return sum(mask.untyped_storage().nbytes() for part in plan.parts for tile in part.kernel.tiles
-                   if (mask := tile.mask) is not None)
-    assert mask_bytes(65_536) < 2 * mask_bytes(16_384)
+        masks = [tile.mask for part in plan.parts for tile in part.kernel.tiles]
+        return sum({mask.data_ptr(): mask.nbytes for mask in masks}.values())
+    assert mask_bytes(16_384) == mask_bytes(32_768) > 0
+
+
+def test_no_target_asks_nothing():
+    layout = stream([(5, 0, 1)])
+    plan = build_plan(layout, AttentionPattern((2, 2), (1,), True), head_dim=8, dtype=torch.float32,
+                      backend="cpu_band", queries="target")
+    q, k, v = torch.randn(0, 1, 8), torch.randn(5, 1, 8), torch.randn(5, 1, 8, requires_grad=True)
+    out = sparse_attention(q, k, v, plan)
+    assert out.shape == (0, 1, 8) and plan.pairs == 0
+    assert torch.autograd.grad(out.sum(), v)[0].eq(0).all()
