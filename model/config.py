@@ -25,7 +25,7 @@ class AttentionConfig:
     separated by commas share the heads equally. "1" is a plain window; "1|2" alternates; "1|1,4" dilates half
     of the heads of every second layer. The same as a list: [1], [1, 2], [1, [1, 4]]."""
     global_tokens: str = "none"
-    """none, `prefix:k` (the first k tokens of each document), `separators` (every separator token), `markers`
+    """none, `prefix:k` (the first k tokens of each document), `separators` (every end token of a source), `markers`
     (the first token of each source and of each target), or `positions:0,5,9`. Joined by `+`."""
     backend: str = "auto"
     """auto, flash_attn, torch_flash, cpu_band or reference. A name never falls back: it runs or is refused."""

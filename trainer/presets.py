@@ -18,7 +18,7 @@ DEFAULT_PRESET = "tiny"
 # documents teach more in that time than four draws of half as many.
 _TINY = {
     "recipe": "long_doc",
-    "data": {"vocab_size": 4096, "max_source_tokens": 384, "max_target_tokens": 96, "row_tokens": 2304,
+    "data": {"vocab_size": 4096, "max_source_tokens": 320, "max_target_tokens": 128, "row_tokens": 2304,
              "draws_per_source": 2},
     "model": {"embed_dim": 64, "width": 128, "layers": 3, "time_dim": 64,
               "attention": {"heads": 2, "window": 64},

@@ -55,7 +55,7 @@ class _SparseAttention(torch.autograd.Function):
         plan, dout = ctx.plan, dout.contiguous()
         kept_dout = dout if plan.replaced is None else dout.index_fill(0, plan.replaced, 0)
         dtype = q.dtype if len(plan.parts) == 1 else lse_dtype(q.dtype)
-        dq, dk, dv = (_Total(x, dtype) for x in (q, k, v))
+        dq, dk, dv = _Total(q, dtype, whole=True), _Total(k, dtype, plan.sets_keys), _Total(v, dtype, plan.sets_keys)
         for part in plan.parts:
             here, keys = (part.q_rows, part.heads), (part.k_rows, part.heads)
             dq_part, dk_part, dv_part = part.kernel.backward(
@@ -68,17 +68,18 @@ class _SparseAttention(torch.autograd.Function):
 
 
 class _Total:
-    """The gradient of `x` out of its parts, kept in `dtype`."""
+    """The gradient of `x` out of its parts, kept in `dtype`. whole: the parts that set it set every row and head."""
 
-    def __init__(self, x: Tensor, dtype: torch.dtype):
-        self.x, self.dtype, self.total = x, dtype, None
+    def __init__(self, x: Tensor, dtype: torch.dtype, whole: bool):
+        self.x, self.dtype, self.whole = x, dtype, whole
+        self.total: Tensor | None = None
 
     def collect(self, rows: Rows, heads: slice, grad: Tensor, sets: bool) -> None:
         if self.total is None and grad.shape == self.x.shape and isinstance(rows, slice):
             self.total = grad.to(self.dtype)
             return
         if self.total is None:
-            self.total = torch.zeros_like(self.x, dtype=self.dtype)
+            self.total = (torch.empty_like if self.whole else torch.zeros_like)(self.x, dtype=self.dtype)
         if sets:
             _put(self.total, rows, heads, grad)
         elif isinstance(rows, slice):

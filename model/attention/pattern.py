@@ -66,15 +66,15 @@ def global_tokens(policy: str, *, tokens_T: Tensor, document_T: Tensor, position
                   draw_T: Tensor, eos_id: int) -> Tensor:
     """Bool [T]: the tokens that `AttentionConfig.global_tokens` makes global.
 
-    Separators are the `eos_id` tokens, which end every source and every target. Markers are the tokens of lowest
-    position in each source and in each draw of a target.
+    Separators are the `eos_id` tokens of sources; where a target ends is for the model to find out. Markers are the
+    tokens of lowest position in each source and in each draw of a target.
     """
     is_global_T = torch.zeros_like(is_target_T)
     for name, numbers in parse_global_tokens(policy):
         if name == "prefix":
             is_global_T |= position_T < numbers[0]
         elif name == "separators":
-            is_global_T |= tokens_T == eos_id
+            is_global_T |= (tokens_T == eos_id) & ~is_target_T
         elif name == "positions":
             is_global_T |= torch.isin(position_T, torch.tensor(numbers, device=position_T.device))
         elif name == "markers":

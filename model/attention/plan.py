@@ -30,12 +30,8 @@ from model.attention.segments import Kernel, Segments
 from model.batch import TokenLayout
 from model.errors import ConfigError
 
-LONG_CLASS, FEW_CLASSES = 1024, 8
-"""Residue classes of at least so many rows, if they are so few, have kernel calls of their own, on views of every
-d-th row; otherwise one call takes all, on gathered rows."""
-
 Rows = slice | Tensor
-"""Rows of a tensor: a slice where they are evenly spaced (a view, no copy), otherwise distinct int64 indices."""
+"""Rows of a tensor: a slice where they are consecutive (a view, no copy), otherwise distinct int64 indices."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +71,12 @@ class AttentionPlan:
     heads: int
     scale: float
     replaced: Tensor | None
+
+    @property
+    def sets_keys(self) -> bool:
+        """Whether the parts that set the gradients of keys do so for all of them."""
+        set_here = sum(_count(part.k_rows) * _count(part.heads) for part in self.parts if part.sets_keys)
+        return set_here == self.keys * self.heads
 
     @property
     def pairs(self) -> int:
@@ -170,23 +172,19 @@ def _in_streams(layout: TokenLayout, cached: bool) -> tuple[Tensor, Tensor]:
 
 
 def _windows(streams: _Streams, pattern: AttentionPattern, kernel: Callable[..., Kernel]) -> list[Part]:
-    """Part 1: for each run of heads of equal dilation, one part, or one for each residue class if they are long."""
+    """Part 1, one for each run of heads of equal dilation."""
     inner_N = ~streams.leads_N
     token_N, query_N, length_S = streams.token_N[inner_N], streams.query_N[inner_N], streams.lengths(inner_N)
     ordinary_N = ~streams.global_N[inner_N]
     parts, first = [], 0
     for dilation, run in groupby(pattern.dilations if len(token_N) else ()):
         heads = slice(first, first + len(list(run)))
-        first = heads.stop
+        first, count = heads.stop, _count(heads)
         order_N, length_C = _residue_classes(length_S, dilation)
-        calls = [(order_N, length_C)]
-        if dilation > 1 and len(length_C) <= FEW_CLASSES and int(length_C.min()) >= LONG_CLASS:
-            calls = zip(order_N.split(length_C.tolist()), length_C.split(1), strict=True)
-        for rows_N, length_R in calls:
-            count = heads.stop - heads.start
-            parts.append(Part(kernel(Segments.of(length_R, length_R, pattern.window), heads=count), heads,
-                              _rows(query_N[rows_N]), _rows(token_N[rows_N]),
-                              count * _window_pairs(length_R, pattern.window, ordinary_N[rows_N]), sets_rows=True))
+        parts.append(Part(
+            kernel(Segments.of(length_C, length_C, pattern.window), heads=count), heads,
+            _rows(query_N[order_N]), _rows(token_N[order_N]),
+            count * _window_pairs(length_C, pattern.window, ordinary_N[order_N]), sets_rows=True))
     return parts
 
 
@@ -257,11 +255,13 @@ def _ranks(length_S: Tensor) -> Tensor:
 
 
 def _rows(index_N: Tensor) -> Rows:
-    first, last = int(index_N[0]), int(index_N[-1])
-    step = int(index_N[1]) - first if len(index_N) > 1 else 1
-    if step > 0 and bool((index_N.diff() == step).all()):
-        return slice(first, last + 1, step)
+    if bool((index_N.diff() == 1).all()):
+        return slice(int(index_N[0]), int(index_N[0]) + len(index_N))
     return index_N
+
+
+def _count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
 
 
 def _move(rows: Rows, device: torch.device | str) -> Rows:

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 
-from model.attention import plan as plan_module
+from model.attention import cpu_band
 from model.attention.composed import sparse_attention
 from model.attention.pattern import AttentionPattern
 from model.attention.plan import build_plan
@@ -25,10 +25,11 @@ def sparse_outputs(case, backend):
     return outputs(case, partial(sparse_attention, plan=plan_of(case, backend)))
 
 
-@pytest.mark.parametrize("long_class", [8, 1024])
+@pytest.mark.parametrize("tile_bytes", [1 << 12, cpu_band.TILE_BYTES])
 @pytest.mark.parametrize("block", range(10))
-def test_random_streams_equal_dense(monkeypatch, block, long_class):
-    monkeypatch.setattr(plan_module, "LONG_CLASS", long_class)
+def test_random_streams_equal_dense(monkeypatch, block, tile_bytes):
+    """Small tiles stand for documents much longer than a tile."""
+    monkeypatch.setattr(cpu_band, "TILE_BYTES", tile_bytes)
     for seed in range(32 * block, 32 * (block + 1)):
         case = random_case(seed)
         expected = dense_outputs(case)
