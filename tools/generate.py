@@ -27,7 +27,7 @@ from trainer.config import RunConfig
 from trainer.data.evaluation import evaluation_samples
 from trainer.data.prepare import PreparedData, prepare
 from trainer.errors import DataError
-from trainer.export import read_model
+from trainer.export import model_folder, read_model
 from trainer.generate import generate, sampler_settings
 
 
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main() -> None:
     args = build_parser().parse_args()
     keep_freed_memory()
-    folder = args.model / "model" if (args.model / "model").is_dir() else args.model
+    folder = model_folder(args.model)
     model, vocabulary, trained_as = read_model(folder, args.device)
     settings = chosen_settings(trained_as, args)
     data = open_documents(trained_as, vocabulary.path, args)

@@ -28,7 +28,8 @@ def save(run_dir: Path, step: int, facts: dict, write, ranks: Ranks, keep_last: 
     final = run_dir / "checkpoints" / f"step-{step:08d}"
     temporary = final.with_name(f".writing-{final.name}")
     if ranks.first:
-        shutil.rmtree(temporary, ignore_errors=True)
+        for leftover in final.parent.glob(".writing-*"):  # of a save that was killed
+            shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
     torch.distributed.barrier()
     write(temporary)

@@ -70,9 +70,10 @@ def build_parser() -> argparse.ArgumentParser:
                      help="auto: the newest whole checkpoint in the run folder, if there is one; none: start "
                      "anew; or a checkpoint's folder (default: auto)")
     run.add_argument("--init_from", type=Path, metavar="FOLDER",
-                     help="start from the weights of this exported model, at step 0 with a fresh optimizer")
+                     help="start from the weights of this finished run or exported model, at step 0 with a "
+                     "fresh optimizer")
     run.add_argument("--dry_run", action="store_true",
-                     help="print sizes, FLOPs and memory per rank, then stop; needs no GPU")
+                     help="print the resolved configuration, sizes and kernels, then stop; needs no GPU")
     run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser
 

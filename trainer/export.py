@@ -32,6 +32,11 @@ def write_model(folder: Path, run: RunConfig, state: dict[str, Tensor], vocabula
     temporary.rename(folder)
 
 
+def model_folder(path: Path) -> Path:
+    """`path` if it is an exported model, or the model inside it if it is a finished run's folder."""
+    return path / "model" if (path / "model").is_dir() else path
+
+
 def read_model(folder: Path, device: torch.device | str = "cpu") -> tuple[DiffusionLM, Vocabulary, RunConfig]:
     """The model in evaluation mode, its vocabulary and the configuration of the run that made it."""
     missing = [name for name in _FILES if not (folder / name).is_file()]

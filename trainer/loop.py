@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 import time
 from dataclasses import replace
@@ -21,7 +22,7 @@ from trainer.ds_config import DSConfig
 from trainer.engine import Engine
 from trainer.errors import CheckpointError, NumericalError
 from trainer.evaluate import evaluate, table
-from trainer.export import load_weights, write_model
+from trainer.export import load_weights, model_folder, write_model
 from trainer.generate import generate, sampler_settings
 from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
@@ -35,6 +36,8 @@ class TrainingRun:
 
     def __init__(self, run: RunConfig, ds: DSConfig, folder: RunFolder, ranks: Ranks, stop: StopRequest):
         self.ds, self.folder, self.ranks, self.stop = ds, folder, ranks, stop
+        if run.train.deterministic:
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
         torch.use_deterministic_algorithms(run.train.deterministic)
         self.data = prepare(run.data, splits=("train", "valid"), progress=True)
         self.vocabulary = vocabulary = self.data.vocabulary
@@ -51,10 +54,10 @@ class TrainingRun:
         model.init_weights(run.train.seed)
         model.prior_count_V.copy_(torch.from_numpy(samples.canvas_counts()))
         if folder.init_from is not None:
-            load_weights(model, folder.init_from)
+            load_weights(model, model_folder(folder.init_from))
         self.engine = Engine(model, run, ds, ranks)
         self.model = self.engine.model
-        self.step = self._resume()
+        self.step = self.resumed_at = self._resume()
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
         self.metrics = StepMetrics(self.model.schedule, run.model.layers, run.model.moe.experts, ranks.device)
 
@@ -78,7 +81,8 @@ class TrainingRun:
                         self._show_samples()
                     if self._due(run.save_every) and self.step < last:
                         self.save()
-        self.save()
+        if self.step > self.resumed_at:
+            self.save()
         finished = self.step >= last
         if finished:
             self._export()

@@ -44,6 +44,7 @@ def test_ranks_and_zero_stages_give_the_same_losses(workplace, world, stage):
     assert all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)
 
 
+@pytest.mark.slow
 def test_accumulated_micro_batches_equal_one_large_one(workplace):
     folder, settings, _ = workplace
     run_dir = folder / "accumulated"
@@ -57,7 +58,9 @@ def test_accumulated_micro_batches_equal_one_large_one(workplace):
             assert one[name] == pytest.approx(two[name], rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [
+    signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow),
+    pytest.param(signal.SIGUSR1, marks=pytest.mark.slow)])
 def test_interrupted_run_resumes_to_the_same_weights(workplace, number):
     """A signal to one rank: both save the same step and exit 0; the next start ends bit-equal to an unbroken run."""
     folder, settings, _ = workplace
@@ -111,11 +114,12 @@ def test_another_topology_or_configuration_is_refused(workplace):
     assert "holds checkpoints" in printed
 
 
+@pytest.mark.slow
 def test_training_starts_from_an_exported_model(workplace):
     folder, settings, reference = workplace
     run_dir = folder / "continued"
     finish(start(1, ds_config(folder, micro=2, stage=1), run_dir, {**settings, "train.steps": 3, "optim.lr": 1e-9},
-                 "--init_from", str(reference / "model")))
+                 "--init_from", str(reference)))
     before, after = (load_file(path / "model" / "model.safetensors") for path in (reference, run_dir))
     assert all((before[name] - after[name]).abs().max() < 1e-6 for name in before)
     printed = finish(start(1, ds_config(folder, micro=2, stage=1), folder / "misfit", {**settings, "model.width": 64},
@@ -123,6 +127,16 @@ def test_training_starts_from_an_exported_model(workplace):
     assert "does not fit this model" in printed and "Traceback" not in printed
 
 
+@pytest.mark.slow
+def test_bf16_stays_near_fp32(workplace):
+    folder, settings, reference = workplace
+    run_dir = folder / "bf16"
+    finish(start(2, ds_config(folder, micro=1, stage=1, bf16={"enabled": True}), run_dir, settings))
+    for one, other in zip(lines(reference), lines(run_dir), strict=True):
+        assert other["cross_entropy"] == pytest.approx(one["cross_entropy"], rel=0.01)
+
+
+@pytest.mark.slow
 def test_time_budget_stops_the_run_early(workplace):
     folder, settings, _ = workplace
     run_dir = folder / "budget"
@@ -136,3 +150,16 @@ def test_dry_run_needs_no_ranks_and_no_data(workplace):
     printed = finish(start(1, ROOT / "ds_configs" / "cpu_zero2.json", folder / "dry",
                            {**settings, "data.train": "missing.jsonl"}, "--dry_run"))
     assert "parameters:" in printed and not (folder / "dry").exists()
+
+
+@pytest.mark.slow
+def test_resuming_from_a_named_checkpoint_and_after_the_end(workplace):
+    folder, settings, _ = workplace
+    settings = {**settings, "train.save_every": 4, "train.steps": 8}
+    ds, run_dir = ds_config(folder, micro=1, stage=2), folder / "named"
+    finish(start(1, ds, run_dir, settings))
+    before = lines(run_dir)
+    assert "step-00000008" in finish(start(1, ds, run_dir, settings))
+    assert lines(run_dir) == before
+    finish(start(1, ds, run_dir, settings, "--resume", str(run_dir / "checkpoints" / "step-00000004")))
+    assert [line["cross_entropy"] for line in lines(run_dir)] == [line["cross_entropy"] for line in before]
