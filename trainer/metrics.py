@@ -34,11 +34,13 @@ class StepMetrics:
         self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
         self.expert_counts_LE = torch.zeros(self.layers, self.experts, device=self.device)
         self.router_entropy = torch.zeros((), device=self.device)
-        self.trained_tokens = self.tokens = 0
+        self.loss = torch.zeros((), device=self.device)
+        self.trained_tokens = self.tokens = self.steps = 0
         self.began, self.elsewhere = time.perf_counter(), 0.0
 
     def add(self, report: LossReport) -> None:
         """One micro-batch of this rank."""
+        self.loss += report.total.detach()
         for name, value in report.terms.items():
             self.terms[name] = self.terms.get(name, 0) + value
         low, high = self.schedule.low, self.schedule.high
@@ -51,6 +53,7 @@ class StepMetrics:
 
     def count(self, trained_tokens: int, tokens: int) -> None:
         """The global batch of one step."""
+        self.steps += 1
         self.trained_tokens += trained_tokens
         self.tokens += tokens
 
@@ -65,13 +68,14 @@ class StepMetrics:
         """Means since the last call, over all ranks. A collective."""
         names = list(self.terms)
         parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
-                 self.expert_counts_LE.flatten(), self.router_entropy[None]]
+                 self.expert_counts_LE.flatten(), torch.stack([self.router_entropy, self.loss])]
         flat = torch.cat(parts)
         torch.distributed.all_reduce(flat)
-        terms, noise, counts, entropy = flat.cpu().split([part.numel() for part in parts])
+        terms, noise, counts, (entropy, loss) = flat.cpu().split([part.numel() for part in parts])
         seconds = time.perf_counter() - self.began - self.elsewhere
         line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
                 for name, value in zip(names, terms, strict=True)}
+        line = {"loss": float(loss) / self.steps, **line}
         sums, number = noise.view(2, NOISE_BINS)
         counts_LE = counts.view(self.layers, self.experts)
         share_LE = counts_LE / counts_LE.sum(1, keepdim=True)
