@@ -6,13 +6,10 @@ from dataclasses import replace
 
 import torch
 
-from model.attention.backends import choose_backend
 from model.diffusion_lm import DiffusionLM
-from model.moe import backends as moe_backends
 from trainer.config import RunConfig, to_toml
 from trainer.ds_config import DSConfig
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from trainer.kernels import DTYPES, chosen_kernels
 
 
 def parameter_counts(run: RunConfig) -> tuple[int, int]:
@@ -29,11 +26,9 @@ def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ds.check_device(device)
     run = replace(run, model=replace(run.model, vocab_size=run.model.vocab_size or run.data.vocab_size))
-    model, dtype = run.model, _DTYPES[ds.precision]
+    model = run.model
     total, active = parameter_counts(run)
     rows = ds.rows_per_step(world)
-    attention, why_attention = choose_backend(model.attention.backend, device, dtype, model.head_dim)
-    moe, why_moe = moe_backends.choose_backend(model.moe.backend, device, dtype, model.width, model.moe.ffn)
     facts = {
         "parameters": f"{total:,}, of which a token passes {active:,}",
         "step": f"{rows} rows of at most {run.data.row_tokens:,} tokens = {rows * run.data.row_tokens:,} tokens "
@@ -41,8 +36,7 @@ def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
         "precision": f"{ds.precision}, ZeRO stage {ds.zero_stage}, clipping at {ds.clipping:g}",
         "log-SNR": "{:.2f} to {:.2f}".format(*model.log_snr_range()) if model.diffusion.schedule == "log_snr"
                    else f"schedule {model.diffusion.schedule}",
-        "attention": f"{attention} ({why_attention})",
-        "experts": f"{moe} ({why_moe})",
+        **chosen_kernels(model, device, DTYPES[ds.precision]),
     }
-    lines = [f"{name + ':':<12} {value}" for name, value in facts.items()]
+    lines = [f"{name + ':':<14} {value}" for name, value in facts.items()]
     return "\n".join([to_toml(run), *(f"{ds.path}: {notice}" for notice in ds.notices), *lines])

@@ -15,6 +15,7 @@ from model.diffusion_lm import DiffusionLM, LossReport
 from trainer.config import OptimConfig, RunConfig
 from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError
+from trainer.kernels import DTYPES
 from trainer.launch import Ranks
 
 _TAG = "engine"  # DeepSpeed's sub-folder inside a checkpoint
@@ -46,7 +47,7 @@ class Engine:
 
     def __init__(self, model: DiffusionLM, run: RunConfig, ds: DSConfig, ranks: Ranks):
         self.run, self.ranks, self.zero_stage = run, ranks, ds.zero_stage
-        self.dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[ds.precision]
+        self.dtype = DTYPES[ds.precision]
         model.denoiser.recompute = run.train.activation_checkpointing
         self._own = list(model.parameters(recurse=False))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(

@@ -33,6 +33,7 @@ def main() -> None:
 
 def train(args, run, ds) -> None:
     """Everything after the command line."""
+    from trainer.kernels import DTYPES, chosen_kernels
     from trainer.loop import TrainingRun
     from trainer.run_folder import RunFolder, on_first_rank
     from trainer.signals import StopRequest
@@ -49,8 +50,11 @@ def train(args, run, ds) -> None:
     ds.check_device(ranks.device.type)
     for notice in ds.notices:
         say(f"{ds.path}: {notice}")
+    kernels = chosen_kernels(run.model, ranks.device, DTYPES[ds.precision])
+    for part, choice in kernels.items():
+        say(f"{part}: {choice}")
     folder = RunFolder(args.run_dir, args.resume, args.init_from)
-    on_first_rank(ranks, lambda: folder.open(run, ds, sys.argv, say))
+    on_first_rank(ranks, lambda: folder.open(run, ds, {"command": sys.argv, "kernels": kernels}, say))
     finished = TrainingRun(run, ds, folder, ranks, stop).train()
     say(f"{'finished' if finished else f'stopped on request ({stop.reason}) and saved; run again to continue'}: "
         f"{folder.path}")

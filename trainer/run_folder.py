@@ -42,8 +42,9 @@ class RunFolder:
         self._began = time.monotonic()
         self._lock = None
 
-    def open(self, run: RunConfig, ds: DSConfig, argv: list[str], say: Callable[[str], None]) -> None:
-        """Takes possession of the folder and writes down what runs here; only the first rank calls it.
+    def open(self, run: RunConfig, ds: DSConfig, facts: dict, say: Callable[[str], None]) -> None:
+        """Takes possession of the folder and writes down what runs here; only the first rank calls it. facts: what
+        else belongs into environment.json.
 
         ConfigError where another process holds the folder, it cannot be written, or it belongs to another
         configuration.
@@ -60,7 +61,7 @@ class RunFolder:
                 self._same_configuration(run, say)
             (config / "run.toml").write_text(to_toml(run))
             (config / "deepspeed.json").write_text(json.dumps(ds.values, indent=1) + "\n")
-            (config / "environment.json").write_text(json.dumps(_environment(argv), indent=1) + "\n")
+            (config / "environment.json").write_text(json.dumps({**facts, **_environment()}, indent=1) + "\n")
             (config / "code.diff").write_text(_git("diff", "HEAD"))
             (self.path / "status.json").unlink(missing_ok=True)
         except OSError as error:
@@ -123,9 +124,9 @@ def on_first_rank(ranks: Ranks, action: Callable[[], None]) -> None:
         raise outcome[0]
 
 
-def _environment(argv: list[str]) -> dict:
+def _environment() -> dict:
     packages = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    return {"command": [sys.executable, *argv], "commit": _git("rev-parse", "HEAD").strip(),
+    return {"executable": sys.executable, "commit": _git("rev-parse", "HEAD").strip(),
             "host": platform.node(), "platform": platform.platform(), "python": platform.python_version(),
             "cuda": torch.version.cuda,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",

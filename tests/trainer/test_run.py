@@ -8,9 +8,7 @@ from safetensors.torch import load_file
 
 from tests.trainer.launching import ROOT, ds_config, finish, lines, start, write_corpus
 
-# A token on the edge between two experts may take the other one after a rounding difference, which moves the
-# router's own terms a little and the loss hardly.
-TOLERANCE = {"loss": 1e-5, "cross_entropy": 1e-5, "gradient_norm": 1e-4, "balance": 1e-3, "router_z": 1e-3}
+LOSSES = ("loss", "cross_entropy", "balance", "router_z", "gradient_norm")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +22,7 @@ def workplace(tmp_path_factory):
     return folder, settings, reference
 
 
-@pytest.mark.parametrize("world, stage", [(1, 3), (2, 1), (2, 2), (2, 3)])
+@pytest.mark.parametrize("world, stage", [pytest.param(1, 3, marks=pytest.mark.slow), (2, 1), (2, 2), (2, 3)])
 def test_ranks_and_zero_stages_give_the_same_losses(workplace, world, stage):
     folder, settings, reference = workplace
     run_dir = folder / f"world{world}-zero{stage}"
@@ -33,8 +31,8 @@ def test_ranks_and_zero_stages_give_the_same_losses(workplace, world, stage):
     expected, found = lines(reference), lines(run_dir)
     assert len(expected) == len(found) == 20
     for one, other in zip(expected, found, strict=True):
-        for name, tolerance in TOLERANCE.items():
-            assert other[name] == pytest.approx(one[name], rel=tolerance), (one["step"], name)
+        for name in LOSSES:
+            assert other[name] == pytest.approx(one[name], rel=1e-5), (one["step"], name)
     for one, other in zip(lines(reference, "eval"), lines(run_dir, "eval"), strict=True):
         for name in ("cross_entropy_model", "cross_entropy_shuffled_sources", "cross_entropy_context_free"):
             assert other[name] == pytest.approx(one[name], rel=1e-5)
@@ -56,8 +54,8 @@ def test_accumulated_micro_batches_equal_one_large_one(workplace):
     finish(start(1, ds_config(folder, micro=2, stage=2), other, {**settings, "train.steps": 10,
                                                                  "optim.schedule": "constant"}))
     for one, two in zip(lines(run_dir), lines(other), strict=True):
-        for name, tolerance in TOLERANCE.items():
-            assert one[name] == pytest.approx(two[name], rel=tolerance)
+        for name in LOSSES:
+            assert one[name] == pytest.approx(two[name], rel=1e-5)
 
 
 @pytest.mark.parametrize("number", [
@@ -83,7 +81,7 @@ def test_interrupted_run_resumes_to_the_same_weights(workplace, number):
     assert "resumed from" in finish(start(2, ds, broken, settings))
     assert '"done"' in (broken / "status.json").read_text()
     for one, other in zip(lines(whole), lines(broken), strict=True):
-        assert all(one[name] == other[name] for name in TOLERANCE), one["step"]
+        assert all(one[name] == other[name] for name in LOSSES), one["step"]
     assert ((whole / "model" / "model.safetensors").read_bytes()
             == (broken / "model" / "model.safetensors").read_bytes())
 
