@@ -1,5 +1,6 @@
 # make train   train, evaluate and generate on the bundled documents (CPU or GPU); run again to resume
 # make test    fast tests          make lint   style
+# make bench-attention, make bench-moe   speed and memory against peers, in one run each
 # Everything is set up on first use; nothing but Python 3.11 or 3.12, make and a C++ compiler is needed beforehand.
 
 PYTHON ?= python3
@@ -9,7 +10,7 @@ LIMIT ?= 60
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: train test lint setup clean
+.PHONY: train test lint bench-attention bench-moe setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.requirements $(VENV)/.requirements-dev
@@ -22,6 +23,12 @@ test: $(VENV)/.requirements-dev
 
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
+
+bench-attention: $(VENV)/.requirements-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attention.py
+
+bench-moe: $(VENV)/.requirements-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/moe.py
 
 clean:
 	rm -rf runs .cache

@@ -1,6 +1,7 @@
 """Draws who sees whom, for any attention configuration, as a PNG.
 
     python tools/plot_attention.py --window 8 --dilation "1|1,4" --global_tokens prefix:2 --out pattern.png
+    python tools/plot_attention.py --preset tiny --source 320 --target 64 --cell 2 --out tiny.png
 
 One panel per layer and dilation that differ; rows are queries, columns keys, in packed order. Dark blue: the window.
 Orange: through a global token. Light blue: a target's view of its source in cached conditioning. Grey lines part
@@ -25,9 +26,11 @@ from torch.nn import functional as F
 
 from model.attention.pattern import AttentionPattern, allowed, global_tokens, layer_patterns
 from model.batch import TokenLayout
-from model.config import AttentionConfig, DiffusionConfig, ModelConfig
+from model.config import AttentionConfig, ModelConfig
 from model.errors import ConfigError
 from tools.command import run
+from trainer.config_load import load
+from trainer.presets import PRESETS, RECIPES
 
 WHITE, GREY, WINDOW, GLOBAL, SOURCE = (255, 255, 255), (150, 150, 150), (31, 78, 140), (240, 150, 40), (165, 205, 235)
 EOS, WORD = 2, 5
@@ -85,15 +88,30 @@ def window(text: str) -> int | list[int]:
     return sides if len(sides) > 1 else sides[0]
 
 
+def chosen_config(arguments: argparse.Namespace) -> ModelConfig:
+    """The configuration to start from, with what the command line gives in its place."""
+    def given(*names: str) -> dict:
+        return {name: getattr(arguments, name) for name in names if getattr(arguments, name) is not None}
+
+    base = ModelConfig(layers=2, attention=AttentionConfig(window=8))
+    if arguments.preset or arguments.recipe or arguments.config:
+        base = load(arguments.preset, arguments.recipe, arguments.config).model
+    return replace(base, **given("layers"), diffusion=replace(base.diffusion, **given("conditioning")),
+                   attention=replace(base.attention, **given("heads", "window", "dilation", "global_tokens")))
+
+
 def main() -> None:
-    default = AttentionConfig()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--window", type=window, default=8, help="W, or left,right")
-    parser.add_argument("--dilation", default=default.dilation, help="as model.attention.dilation")
-    parser.add_argument("--global_tokens", default=default.global_tokens, help="as model.attention.global_tokens")
-    parser.add_argument("--heads", type=int, default=default.heads)
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--conditioning", choices=("cached", "joint"), default="cached")
+    start = parser.add_argument_group("a run's configuration to start from (default: a small window)")
+    start.add_argument("--preset", default="", choices=PRESETS)
+    start.add_argument("--recipe", default="", choices=RECIPES)
+    start.add_argument("--config", type=Path, help="run configuration, .toml or .json")
+    parser.add_argument("--window", type=window, help="W, or left,right")
+    parser.add_argument("--dilation", help="as model.attention.dilation")
+    parser.add_argument("--global_tokens", help="as model.attention.global_tokens")
+    parser.add_argument("--heads", type=int)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--conditioning", choices=("cached", "joint"))
     parser.add_argument("--source", type=int, default=32, help="tokens")
     parser.add_argument("--target", type=int, default=16, help="tokens")
     parser.add_argument("--draws", type=int, default=1, help="noised copies of the target (cached only)")
@@ -101,16 +119,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     arguments = parser.parse_args()
 
-    config = ModelConfig(
-        layers=arguments.layers, diffusion=DiffusionConfig(conditioning=arguments.conditioning),
-        attention=AttentionConfig(heads=arguments.heads, window=arguments.window, dilation=arguments.dilation,
-                                  global_tokens=arguments.global_tokens))
+    config = chosen_config(arguments)
     for name in ("heads", "layers", "cell", "draws"):
-        if getattr(arguments, name) < 1:
+        if getattr(arguments, name) is not None and getattr(arguments, name) < 1:
             raise ConfigError(f"--{name}", "must be at least 1")
     if min(arguments.source, arguments.target) < 0 or arguments.source + arguments.target == 0:
         raise ConfigError("--source, --target", "are token counts of which one must be positive")
-    if arguments.conditioning == "joint" and arguments.draws > 1:
+    if config.diffusion.conditioning == "joint" and arguments.draws > 1:
         raise ConfigError("--draws", "joint conditioning has one draw of each target")
     layout = example_document(arguments.source, arguments.target, arguments.draws, config.attention.global_tokens)
     panels: dict[AttentionPattern, str] = {}

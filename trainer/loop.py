@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from model.diffusion_lm import DiffusionLM
+from model.flops import training_flops
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.data.evaluation import evaluation_samples
@@ -24,6 +25,7 @@ from trainer.errors import CheckpointError, NumericalError
 from trainer.evaluate import evaluate, table
 from trainer.export import load_weights, model_folder, write_model
 from trainer.generate import generate, sampler_settings
+from trainer.hardware import peak_flops
 from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
 from trainer.randomness import training_draw
@@ -59,7 +61,8 @@ class TrainingRun:
         self.model = self.engine.model
         self.step = self.resumed_at = self._resume()
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
-        self.metrics = StepMetrics(self.model.schedule, run.model.layers, run.model.moe.experts, ranks.device)
+        self.metrics = StepMetrics(self.model.schedule, run.model.layers, run.model.moe.experts, ranks.device,
+                                   peak_flops(ranks.device, self.engine.dtype))
 
     def train(self) -> bool:
         """Trains to the last step or until asked to stop. Returns whether the run is finished."""
@@ -101,7 +104,7 @@ class TrainingRun:
             draw = training_draw(batch, self.run.model, seed, self.step).to(device)
             report = self.engine.forward_backward(batch.to(device), plan, draw, info.loss_tokens, info.tokens)
             self._check_finite(report.total)
-            self.metrics.add(report)
+            self.metrics.add(report, training_flops(self.run.model, plan, batch.sample_C.numel()))
             self.engine.accumulate(last=index == len(micro_batches) - 1)
         rate = self.engine.update(self.step)
         self.metrics.count(info.loss_tokens, info.tokens)

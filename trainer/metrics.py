@@ -25,8 +25,10 @@ class StepMetrics:
     All sums are over this rank's share; `reduce` adds the ranks' shares and divides by the global counts.
     """
 
-    def __init__(self, schedule: NoiseSchedule, layers: int, experts: int, device: torch.device):
+    def __init__(self, schedule: NoiseSchedule, layers: int, experts: int, device: torch.device,
+                 peak_flops: float | None):
         self.schedule, self.layers, self.experts, self.device = schedule, layers, experts, device
+        self.peak_flops = peak_flops
         self._reset()
 
     def _reset(self) -> None:
@@ -35,11 +37,12 @@ class StepMetrics:
         self.expert_counts_LE = torch.zeros(self.layers, self.experts, device=self.device)
         self.router_entropy = torch.zeros((), device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.trained_tokens = self.tokens = self.steps = 0
+        self.trained_tokens = self.tokens = self.steps = self.flops = 0
         self.began, self.elsewhere = time.perf_counter(), 0.0
 
-    def add(self, report: LossReport) -> None:
-        """One micro-batch of this rank."""
+    def add(self, report: LossReport, flops: int) -> None:
+        """One micro-batch of this rank, and what it cost (`model/flops.py`)."""
+        self.flops += flops
         self.loss += report.total.detach()
         for name, value in report.terms.items():
             self.terms[name] = self.terms.get(name, 0) + value
@@ -68,10 +71,11 @@ class StepMetrics:
         """Means since the last call, over all ranks. A collective."""
         names = list(self.terms)
         parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
-                 self.expert_counts_LE.flatten(), torch.stack([self.router_entropy, self.loss])]
+                 self.expert_counts_LE.flatten(), torch.stack([self.router_entropy, self.loss]),
+                 torch.tensor([self.flops / 1e12], device=self.device)]
         flat = torch.cat(parts)
         torch.distributed.all_reduce(flat)
-        terms, noise, counts, (entropy, loss) = flat.cpu().split([part.numel() for part in parts])
+        terms, noise, counts, (entropy, loss), (teraflops,) = flat.cpu().split([part.numel() for part in parts])
         seconds = time.perf_counter() - self.began - self.elsewhere
         line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
                 for name, value in zip(names, terms, strict=True)}
@@ -88,8 +92,12 @@ class StepMetrics:
             "router_entropy": float(entropy) / self.tokens,
             "tokens_per_s": self.tokens / seconds,
             "trained_tokens_per_s": self.trained_tokens / seconds,
+            "tflops_per_s": float(teraflops) / seconds,
             "memory_gb": peak_memory_gb(self.device),
         }
+        if self.peak_flops is not None:
+            ranks = torch.distributed.get_world_size()
+            line["mfu"] = 1e12 * line["tflops_per_s"] / (ranks * self.peak_flops)
         self._reset()
         return line
 

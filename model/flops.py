@@ -1,0 +1,39 @@
+"""Floating-point operations that a batch needs, counted from the shapes that are computed.
+
+A multiply and an add are two. Attention counts the pairs that the pattern allows, not those of the tiles that a kernel
+visits; experts count the top_k that each token passes. A backward pass counts as two forward passes. Recomputation
+(activation checkpointing) is not counted: it is the kernel's or the memory's price, not the model's.
+"""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+from model.diffusion_lm import BatchPlan
+
+
+def forward_flops(config: ModelConfig, plan: BatchPlan, copies: int, predicted: int) -> int:
+    """One pass over a batch with `copies` noised copies, in which `predicted` tokens reach the output head."""
+    moe, width = config.moe, config.width
+    tokens, targets = plan.stream.position_T.numel(), plan.target_N.numel()
+    inputs = config.embed_dim * (2 if config.diffusion.self_conditioning > 0 else 1)
+    matrices = 3 if moe.gated else 2
+    layer = width * (4 * width + moe.experts + matrices * (moe.top_k * moe.ffn + moe.shared_ffn))
+    head = config.vocab_size if config.diffusion.loss == "cross_entropy" else config.embed_dim
+    modulation = config.time_dim * 2 * width * (copies + 1)
+    products = (tokens * (max(config.local_mixing, 1) * inputs * width + config.layers * layer)
+                + (2 * config.layers + 1) * modulation + 2 * config.time_dim**2 * copies
+                + predicted * width * head)
+    if config.input == "bayes" or config.bayes_skip:
+        products += targets * config.embed_dim * config.vocab_size
+    if config.input == "bayes":
+        products += targets * config.embed_dim * config.vocab_size
+    attention = sum(2 * attended.pairs * config.head_dim for attended in plan.stream.attention)
+    return 2 * (products + attention)
+
+
+def training_flops(config: ModelConfig, plan: BatchPlan, copies: int) -> int:
+    """Forward and backward pass of one micro-batch, with the first estimate of self-conditioning where it is on."""
+    once = forward_flops(config, plan, copies, plan.loss_of_target_M.numel())
+    if config.diffusion.self_conditioning > 0:
+        return 3 * once + forward_flops(config, plan, copies, plan.target_N.numel())
+    return 3 * once
