@@ -73,7 +73,8 @@ def build_parser() -> argparse.ArgumentParser:
                      help="start from the weights of this finished run or exported model, at step 0 with a "
                      "fresh optimizer")
     run.add_argument("--dry_run", action="store_true",
-                     help="print the resolved configuration, sizes and kernels, then stop; needs no GPU")
+                     help="print the resolved configuration, sizes, FLOPs, reach, kernels and memory per rank, then "
+                     "stop; needs no GPU")
     run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser
 

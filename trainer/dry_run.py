@@ -3,40 +3,91 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import reduce
 
+import numpy as np
 import torch
 
+from model.attention.pattern import AttentionPattern
+from model.batch import PackedBatch
 from model.diffusion_lm import DiffusionLM
+from model.flops import training_flops
 from trainer.config import RunConfig, to_toml
+from trainer.data.packing import Segment, pack
 from trainer.ds_config import DSConfig
 from trainer.kernels import DTYPES, chosen_kernels
-
-
-def parameter_counts(run: RunConfig) -> tuple[int, int]:
-    """(all parameters, those that one token passes): of each layer's experts a token passes top_k."""
-    with torch.device("meta"):
-        model = DiffusionLM(run.model)
-    total = sum(p.numel() for p in model.parameters())
-    experts = sum(p.numel() for block in model.denoiser.blocks for p in block.moe.experts.parameters())
-    return total, total - experts + experts * run.model.moe.top_k // run.model.moe.experts
+from trainer.memory import memory_per_rank
 
 
 def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
-    """The resolved configuration as text, then sizes and the kernels that would run on this machine."""
+    """The resolved configuration as text, then sizes, cost, reach, kernels and memory."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ds.check_device(device)
     run = replace(run, model=replace(run.model, vocab_size=run.model.vocab_size or run.data.vocab_size))
-    model = run.model
-    total, active = parameter_counts(run)
+    model, dtype = run.model, DTYPES[ds.precision]
+    with torch.device("meta"):
+        network = DiffusionLM(model)
+    total = sum(p.numel() for p in network.parameters())
+    experts = sum(p.numel() for block in network.denoiser.blocks for p in block.moe.experts.parameters())
+    active = total - experts + experts * model.moe.top_k // model.moe.experts
+    batch = longest_document(run)
+    plan = network.prepare(batch, device="cpu", dtype=torch.float32)
     rows = ds.rows_per_step(world)
+    reach, density = window_reach(network.denoiser.patterns)
     facts = {
         "parameters": f"{total:,}, of which a token passes {active:,}",
         "step": f"{rows} rows of at most {run.data.row_tokens:,} tokens = {rows * run.data.row_tokens:,} tokens "
                 f"({ds.micro_batch} rows x {ds.accumulation} micro-batches x {world} ranks)",
+        "FLOPs": f"{training_flops(model, plan, batch.sample_C.numel()) / len(batch) / 1e6:,.1f} million a token, "
+                 f"forward and backward, for the longest document: {len(batch):,} tokens with its noised copies",
+        "reach": f"{reach[0]:,} tokens to the left and {reach[1]:,} to the right through the windows of {model.layers} "
+                 f"layers, {density:.0%} of them" + _beyond_windows(run),
         "precision": f"{ds.precision}, ZeRO stage {ds.zero_stage}, clipping at {ds.clipping:g}",
         "log-SNR": "{:.2f} to {:.2f}".format(*model.log_snr_range()) if model.diffusion.schedule == "log_snr"
                    else f"schedule {model.diffusion.schedule}",
-        **chosen_kernels(model, device, DTYPES[ds.precision]),
+        **chosen_kernels(model, device, dtype),
     }
+    memory = memory_per_rank(run, ds, world, total)
     lines = [f"{name + ':':<14} {value}" for name, value in facts.items()]
-    return "\n".join([to_toml(run), *(f"{ds.path}: {notice}" for notice in ds.notices), *lines])
+    table = ["", f"memory of a rank of {world} (estimated; activations for a micro-batch of full rows)",
+             *(f"  {name:<24} {size / 2**30:9.3f} GiB" for name, size in memory.items()),
+             f"  {'in all':<24} {sum(memory.values()) / 2**30:9.3f} GiB"]
+    return "\n".join([to_toml(run), *(f"{ds.path}: {notice}" for notice in ds.notices), *lines, *table])
+
+
+def longest_document(run: RunConfig) -> PackedBatch:
+    """One document of the greatest length that the configuration admits, with all its noised copies."""
+    data = run.data
+    room = data.row_tokens - data.draws_per_source * data.max_target_tokens
+    source = np.full(min(room, data.max_source_tokens or room), run.model.eos_id + 1)
+    canvas = np.full(data.max_target_tokens, run.model.eos_id + 1)
+    strata = np.arange(data.draws_per_source)[None]
+    return pack([Segment(source, canvas, len(canvas), 0)], np.zeros(1, np.int64), 1, strata, strata.size)
+
+
+def window_reach(patterns: list[AttentionPattern]) -> tuple[tuple[int, int], float]:
+    """((left, right), density): how far a token's information comes through the windows of all layers together, and
+    which share of the tokens in between can reach it at all (dilation alone leaves gaps)."""
+    def layer_offsets(pattern: AttentionPattern) -> tuple[int, set[int]]:
+        left, right = pattern.window
+        widest = max(pattern.dilations)
+        return left * widest, {step * d for d in pattern.dilations for step in range(-left, right + 1)}
+
+    # Bit i of a mask stands for the offset i - left; sums of offsets are shifted unions.
+    def add(total: tuple[int, int], pattern: AttentionPattern) -> tuple[int, int]:
+        left, mask = total
+        margin, offsets = layer_offsets(pattern)
+        return left + margin, reduce(lambda seen, offset: seen | mask << offset + margin, offsets, 0)
+
+    left, mask = reduce(add, patterns, (0, 1))
+    length = mask.bit_length()
+    return (left, length - 1 - left), mask.bit_count() / length
+
+
+def _beyond_windows(run: RunConfig) -> str:
+    more = []
+    if run.model.attention.global_tokens != "none":
+        more.append("global tokens connect a whole document in two layers")
+    if run.model.diffusion.conditioning == "cached":
+        more.append("a target sees all of its source")
+    return "".join(f"; {text}" for text in more)

@@ -1,0 +1,76 @@
+"""--dry_run: figures against what is measured, and every preset with every shipped DeepSpeed JSON."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+
+from model.attention.pattern import AttentionPattern
+from model.diffusion_lm import DiffusionLM
+from tests.trainer.launching import ROOT
+from trainer.config_load import load
+from trainer.dry_run import describe_run, longest_document, window_reach
+from trainer.ds_config import load_ds_config
+from trainer.memory import activation_bytes, memory_per_rank
+from trainer.presets import PRESETS
+from trainer.randomness import training_draw
+
+CONFIGS = sorted(ROOT.glob("ds_configs/*.json"))
+
+
+@pytest.mark.parametrize("ds", CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_with_every_deepspeed_json(preset, ds, monkeypatch):
+    ds = load_ds_config(ds)
+    monkeypatch.setattr(type(ds), "check_device", lambda *_: None)  # offload is for GPUs
+    text = describe_run(load(preset), ds, world=8)
+    assert all(word in text for word in ("parameters:", "FLOPs:", "reach:", "attention:", "memory of a rank of 8"))
+
+
+@pytest.mark.parametrize("changes", [
+    {}, {"model.width": 256, "model.layers": 5}, {"model.moe.top_k": 1, "model.moe.ffn": 512}, {"data.vocab_size": 512},
+    {"model.diffusion.self_conditioning": 0.5, "model.local_mixing": 0}, {"model.moe.gated": "false"}])
+def test_activations_are_near_what_backward_keeps(changes):
+    run = load("tiny", overrides=[f"{key}={value}" for key, value in changes.items()])
+    run = replace(run, model=replace(run.model, vocab_size=run.data.vocab_size))
+    model = DiffusionLM(run.model)
+    model.init_weights(0)
+    batch = longest_document(run)
+    plan, draw = model.prepare(batch, device="cpu", dtype=torch.float32), training_draw(batch, run.model, 0, 0)
+    weights = {p.data_ptr() for p in model.parameters()}
+    kept = {}
+
+    def note(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        report = model(batch, plan, draw, 1.0, 1.0)
+    assert report.total.requires_grad
+    estimate = activation_bytes(run.model, len(batch), int(batch.is_target_T.sum()), 4, recompute=False)
+    assert estimate == pytest.approx(sum(kept.values()), rel=0.15)
+
+
+def test_states_follow_zeros_rules():
+    run, parameters = load("tiny"), 1_000_000
+    sizes = {name: memory_per_rank(run, load_ds_config(ROOT / "ds_configs" / f"{name}.json"), 4, parameters)
+             for name in ("zero1", "zero2", "zero3")}
+    expected = {"zero1": (2, 2), "zero2": (2, 0.5), "zero3": (0.5, 0.5)}
+    for name, (weights, gradients) in expected.items():
+        assert sizes[name]["parameters"] == weights * parameters
+        assert sizes[name]["gradients"] == gradients * parameters
+        assert (sizes[name]["fp32 copy"], sizes[name]["Adam moments"]) == (1e6, 2e6)
+
+
+@pytest.mark.parametrize("layers", [
+    [((2, 2), (1,))], [((2, 1), (3,)), ((1, 1), (1, 2))], [((1, 1), (4,)), ((1, 1), (4,))], [((3, 0), (1, 2))] * 3])
+def test_reach_is_that_of_all_paths_through_the_windows(layers):
+    patterns = [AttentionPattern(window=window, dilations=dilations, cached=False) for window, dilations in layers]
+    steps = [sorted({k * d for d in dilations for k in range(-left, right + 1)}) for (left, right), dilations in layers]
+    offsets = {sum(path) for path in itertools.product(*steps)}
+    reach, density = window_reach(patterns)
+    assert reach == (-min(offsets), max(offsets))
+    assert density == pytest.approx(len(offsets) / (max(offsets) - min(offsets) + 1))

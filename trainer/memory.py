@@ -1,0 +1,55 @@
+"""How much memory a rank needs: states by ZeRO's rules, activations from the shapes that backward keeps."""
+
+from __future__ import annotations
+
+from model.config import ModelConfig
+from trainer.config import RunConfig
+from trainer.ds_config import DSConfig
+
+_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
+
+
+def memory_per_rank(run: RunConfig, ds: DSConfig, world: int, parameters: int) -> dict[str, float]:
+    """Part -> bytes on the device of each of `world` ranks; with CPU offload the optimizer's parts are the host's."""
+    size = _BYTES[ds.precision]
+    shard = parameters / world
+    where = " (host)" if ds.offload_optimizer else ""
+    tokens = ds.micro_batch * run.data.row_tokens
+    targets = tokens * target_share(run)
+    return {
+        "parameters": size * (shard if ds.zero_stage == 3 else parameters),
+        "gradients": size * (parameters if ds.zero_stage == 1 else shard),
+        f"fp32 copy{where}": 4 * shard,
+        f"Adam moments{where}": 8 * shard,
+        f"averaged weights{where}": 4 * shard if run.optim.ema_decay > 0 else 0,
+        "activations": activation_bytes(run.model, tokens, targets, size, run.train.activation_checkpointing),
+    }
+
+
+def target_share(run: RunConfig) -> float:
+    """Share of target tokens in rows of the longest documents."""
+    data = run.data
+    targets = data.draws_per_source * data.max_target_tokens
+    source = min(data.row_tokens - targets, data.max_source_tokens or data.row_tokens)
+    return targets / (targets + source)
+
+
+def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: int, recompute: bool) -> float:
+    """What a forward pass of `tokens` tokens, `targets` of them noised, keeps for its backward pass.
+
+    size: bytes of an activation. recompute: activation checkpointing, which keeps each block's input and, while one
+    block is computed again, that block's own.
+    """
+    width, moe = model.width, model.moe
+    copies = moe.top_k
+    # Block by block: two norms with their modulations, q, k, v before and after rotation, attention's output,
+    # then the experts' sorted inputs, hidden products and outputs.
+    block = tokens * (15 * width + copies * (2 * width + (2 if moe.gated else 1) * moe.ffn)
+                      + (2 if moe.gated else 1) * moe.shared_ffn) * size
+    kept = model.layers * tokens * width * size + block if recompute else model.layers * block
+    inputs = model.embed_dim * (2 if model.diffusion.self_conditioning > 0 else 1)
+    stem = tokens * max(model.local_mixing, 1) * inputs * size
+    # Distributions over the vocabulary, in fp32: the posterior's softmax, and logits with their softmax.
+    predicts_tokens = model.diffusion.loss == "cross_entropy"
+    vocabulary = targets * model.vocab_size * 4 * ((1 if model.input == "bayes" else 0) + (2 if predicts_tokens else 1))
+    return kept + stem + vocabulary
