@@ -91,7 +91,8 @@ class TrainingRun:
             self._export()
         self.log.write("event", self.step, {"event": "finished" if finished else f"stopped: {self.stop.reason}"})
         self.log.close()
-        self.folder.mark("done" if finished else "preempted", self.step, self.stop.reason)
+        if self.ranks.first:
+            self.folder.mark("done" if finished else "preempted", self.step, self.stop.reason)
         return finished
 
     def _due(self, every: int) -> bool:
