@@ -1,5 +1,6 @@
 """Whole runs: ranks and ZeRO stages change nothing, and an interrupted run ends as an uninterrupted one."""
 
+import json
 import signal
 import time
 
@@ -7,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.trainer.launching import ROOT, ds_config, finish, lines, start, write_corpus
+from trainer.config_load import load
 
 LOSSES = ("loss", "cross_entropy", "balance", "router_z", "gradient_norm")
 
@@ -42,6 +44,14 @@ def test_ranks_and_zero_stages_give_the_same_losses(workplace, world, stage):
     weights, others = (load_file(path / "model" / "model.safetensors") for path in (reference, run_dir))
     assert weights.keys() == others.keys()
     assert all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)
+
+
+def test_a_run_keeps_what_it_was_made_with(workplace):
+    *_, reference = workplace
+    environment = json.loads((reference / "config" / "environment.json").read_text())
+    assert environment["kernels"]["attention"].startswith("cpu_band (the fastest on 'cpu'")
+    assert environment["packages"]["deepspeed"] == "0.19.8" and environment["commit"]
+    assert load(file=reference / "config" / "run.toml").model.width == 32
 
 
 @pytest.mark.slow
