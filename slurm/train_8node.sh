@@ -14,7 +14,7 @@
 #SBATCH --output=%x-%j.out
 # USR1 reaches every rank five minutes before the limit: the run saves and ends with code 0; submit again to continue.
 set -euo pipefail
-cd "${SLURM_SUBMIT_DIR:?start this script with sbatch, from the repository's root}"
+cd "${SLURM_SUBMIT_DIR:?start this script with sbatch, from the root of the repository}"
 
 python=${PYTHON:-.venv/bin/python}
 # The first node leads. Ports below 32768 are not handed out by the system; the job's number keeps jobs apart.
