@@ -141,7 +141,7 @@ class ModelConfig:
             need(value > 0, key, f"must be positive, not {value}")
         need(self.vocab_size > 0, "model.vocab_size", "is not known: give a tokenizer or a positive number")
         need(self.width % a.heads == 0, "model.attention.heads",
-             f"{a.heads} heads do not divide model.width = {self.width}")
+             f"{a.heads} heads do not divide model.width = {self.width}: choose a number that does")
         need(self.head_dim % 8 == 0, "model.attention.heads",
              f"width {self.width} / {a.heads} heads gives head width {self.head_dim}; it must be a multiple of 8")
         need(self.time_dim % 2 == 0, "model.time_dim", f"must be even, not {self.time_dim}")

@@ -96,18 +96,22 @@ class _Network:
         return self.model.predict_packed(self.batch, self.plan, noisy, guess_NE, log_snr_C)
 
 
+def noise_levels(model: DiffusionLM, settings: SamplerSettings) -> Tensor:
+    """log-SNR of every network evaluation [steps], from the noisiest to the cleanest."""
+    return model.schedule.log_snr(torch.linspace(1, 0, settings.steps, dtype=torch.float64)).float()
+
+
 @torch.no_grad()
-def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
-           device: torch.device | str = "cpu") -> Drawn:
+def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *, device: torch.device | str = "cpu",
+           trace: list[Tensor] | None = None) -> Drawn:
     """Denoises every target canvas of a CPU batch. All canvases have the same length and stand in the batch in the
-    order of their copies."""
+    order of their copies. trace: is given the most likely tokens, [C, L] on the CPU, of every step."""
     config = model.config
     length = int(batch.is_target_T.sum()) // batch.sample_C.numel()
     order, stochastic = SOLVERS[settings.solver]
     noise = _CanvasNoise(batch, settings, length, config.embed_dim, device)
     network = _Network(model, batch, device)
-    levels = model.schedule.log_snr(torch.linspace(1, 0, settings.steps, dtype=torch.float64))
-    levels = levels.float().to(device)
+    levels = noise_levels(model, settings).to(device)
     alphas, sigmas = alpha_sigma(levels)
     half_steps = levels.diff() / 2
 
@@ -117,8 +121,11 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
     estimate_NE = before_NE = torch.zeros_like(z_NE)
     for index in range(settings.steps):
         output, rows_VE = network(z_NE, absorbed_N, levels[index], estimate_NE)
-        probability_NV = (model.logits(output, rows_VE) / settings.temperature).softmax(-1)
+        logits_NV = model.logits(output, rows_VE)
+        probability_NV = (logits_NV / settings.temperature).softmax(-1)
         before_NE, estimate_NE = estimate_NE, _estimate(model, output, probability_NV, rows_VE, settings.clamp, length)
+        if trace is not None:
+            trace.append(logits_NV.argmax(-1).view(-1, length).cpu())
         if index == settings.steps - 1:
             break
         h = half_steps[index]
@@ -139,7 +146,7 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
         released_N1 = (absorbed_N & ~still_N)[:, None]
         z_NE = torch.where(released_N1, alpha * drawn_NE + sigma * fresh_NE, z_NE)
         z_NE, absorbed_N = z_NE.masked_fill(still_N[:, None], 0.0), still_N
-    tokens_CL = model.logits(output, rows_VE).argmax(-1).view(-1, length)
+    tokens_CL = logits_NV.argmax(-1).view(-1, length)
     return Drawn(tokens_CL.cpu(), estimate_NE.cpu())
 
 

@@ -46,5 +46,14 @@ def test_training_commands_are_understood(command):
     assert (ROOT / args.ds_config).is_file()
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "docs" / "examples").glob("*.toml")), ids=lambda path: path.stem)
+def test_example_configurations_load_with_the_command_at_their_head(path):
+    command = next(line for line in path.read_text().splitlines() if "--config" in line)
+    words = shlex.split(command.partition("trainer/run.py")[2] or command.partition("train_8node.sh")[2])
+    args = build_parser().parse_args(["--ds_config", "ds_configs/zero2.json", *words])
+    assert (ROOT / args.config) == path and (ROOT / args.ds_config).is_file()
+    assert load(file=path).preset == "base"
+
+
 def test_there_are_commands_to_check():
     assert len(commands()) >= 4

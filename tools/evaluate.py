@@ -33,7 +33,7 @@ def read(path: Path) -> list[dict]:
     """The records of a file; DataError names the line that is none."""
     records = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028, which texts may hold
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):

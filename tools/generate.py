@@ -28,7 +28,7 @@ from trainer.data.evaluation import evaluation_samples
 from trainer.data.prepare import PreparedData, prepare
 from trainer.errors import DataError
 from trainer.export import model_folder, read_model
-from trainer.generate import generate, sampler_settings
+from trainer.generate import emergence, generate, sampler_settings
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -40,6 +40,8 @@ def build_parser() -> argparse.ArgumentParser:
     what.add_argument("--limit", type=int, default=0, metavar="N",
                       help="only N documents, spread evenly over the data set (default: all)")
     what.add_argument("--output", type=Path, help="JSON lines (default: generations/SPLIT.jsonl in the run's folder)")
+    what.add_argument("--trace", action="store_true",
+                      help="also write trace.json beside the output: the first document's text after every step")
     how = parser.add_argument_group("how (default: as the run's configuration says)")
     how.add_argument("--solver", choices=SOLVERS)
     how.add_argument("--steps", type=int, help="network evaluations for a text")
@@ -74,6 +76,10 @@ def main() -> None:
             record["source"], record["reference"] = vocabulary.decode([cache.source(document), cache.target(document)])
             file.write(json.dumps(record, ensure_ascii=False) + "\n")
             file.flush()
+    if args.trace:
+        first = (chosen[0], samples.source(chosen[0]))
+        record = emergence(model, vocabulary, first, samples.canvas_tokens, settings, device=torch.device(args.device))
+        output.with_name("trace.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
     print(f"{len(chosen)} texts in {output}")
 
 

@@ -21,11 +21,13 @@ port=$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1"
 
 unset OMP_NUM_THREADS
 echo "== generating for test documents"
-"$bin/python" tools/generate.py "$run" --split test --limit "$limit"
+"$bin/python" tools/generate.py "$run" --split test --limit "$limit" --trace
 echo "== scores on the test split, beside trivial baselines"
 "$bin/python" tools/evaluate.py "$run/generations/test.jsonl"
+"$bin/python" tools/report.py "$run"
 cat <<END
 == results in $run
+   report.html                  all of it in one page: open it in a browser
    generations/test.jsonl       texts beside their references       generations/test.scores.md   the table above
    metrics.jsonl, tb/           losses, evaluations, speed          samples/                     texts while training
    model/                       weights, configuration, vocabulary  config/                      what ran

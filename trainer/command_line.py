@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import sys
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from model.errors import ConfigError
 from trainer.config import RunConfig, describe
 from trainer.config_load import load
 from trainer.ds_config import DSConfig, load_ds_config
@@ -29,8 +29,7 @@ examples:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.print_usage(sys.stderr)
-        self.exit(ExitCode.CONFIG, f"{self.prog}: error: {message}\n")
+        raise ConfigError("command line", f"{message} (--help explains all of it)")
 
 
 class _HelpConfig(argparse.Action):
@@ -46,7 +45,7 @@ class _HelpConfig(argparse.Action):
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser; a command line that it refuses ends the program with ExitCode.CONFIG."""
+    """The parser; it raises ConfigError for a command line that it refuses."""
     parser = _Parser(prog="trainer/run.py", epilog=_EXAMPLES, allow_abbrev=False,
                      description="Train a diffusion language model for long documents.",
                      formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -15,6 +15,7 @@ from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from itertools import pairwise
 from typing import NamedTuple, get_type_hints
 
+from model.attention.pattern import layer_patterns
 from model.config import ModelConfig
 from model.errors import ConfigError
 from trainer.data.config import DataConfig
@@ -128,6 +129,7 @@ class RunConfig:
         self.data.validate()
         # A tokenizer that is still to be read may differ from data.vocab_size; the rest can be checked now.
         replace(self.model, vocab_size=self.model.vocab_size or self.data.vocab_size).validate()
+        layer_patterns(self.model)
         need(self.model.diffusion.conditioning == "cached" or self.data.draws_per_source == 1,
              "data.draws_per_source", f"is {self.data.draws_per_source}, but in joint conditioning a source "
              "has one noised copy: set it to 1, or model.diffusion.conditioning to cached")

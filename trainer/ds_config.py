@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from model.errors import ConfigError
+from trainer.config import describe
 
 SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
 
@@ -180,9 +181,7 @@ def _check_keys(section: dict, known: dict, path: Path, prefix: str = "") -> Non
         if key not in known:
             if not prefix and key in FORBIDDEN:
                 raise ConfigError(dotted, f"{FORBIDDEN[key]} ({path})")
-            close = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
-            raise ConfigError(dotted, f"is not a supported key of {path}; {hint}")
+            raise ConfigError(dotted, f"is not a supported key of {path}; {_hint(key, known, prefix)}")
         expected = known[key]
         if value == "auto":
             raise ConfigError(dotted, f'is "auto", which nothing here fills in: write the value ({path})')
@@ -193,6 +192,17 @@ def _check_keys(section: dict, known: dict, path: Path, prefix: str = "") -> Non
         elif not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
             name = "a number" if expected is _NUMBER else f"of type {expected.__name__}"
             raise ConfigError(dotted, f"must be {name}, not {json.dumps(value)} ({path})")
+
+
+def _hint(key: str, known: dict, prefix: str) -> str:
+    """What to do about an unknown key: one of the run configuration, misspelt, or neither."""
+    ours = [item.name for item in describe()]
+    owners = ([name for name in ours if name.startswith(f"{key}.")]
+              or [name for name in ours if key in (name, name.rpartition(".")[2])])
+    if owners:
+        return f"it belongs to the run configuration (--config or --set): {', '.join(owners[:3])}"
+    close = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
 
 
 def _resolve(values: dict, path: Path) -> DSConfig:

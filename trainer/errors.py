@@ -6,6 +6,8 @@ person has to mend before another attempt can go further; a restart may help aft
 
 from __future__ import annotations
 
+import errno
+import os
 from enum import IntEnum
 
 from model.errors import ConfigError
@@ -28,7 +30,7 @@ class ExitCode(IntEnum):
     OUT_OF_MEMORY = 83
     """A device, or the host, had no memory left for a tensor."""
     CHECKPOINT = 84
-    """No usable checkpoint to start from, or one could not be written."""
+    """No usable checkpoint to start from, or the run folder could not be written."""
     COMMUNICATION = 91
     """The ranks lost touch with each other."""
 
@@ -52,9 +54,21 @@ class NumericalError(RunError):
 
 
 class CheckpointError(RunError):
-    """A checkpoint that cannot be read, does not fit this run, or could not be written."""
+    """A checkpoint that cannot be read or does not fit this run, or a run folder that cannot be written."""
 
     code = ExitCode.CHECKPOINT
+
+
+_STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)
+_STORAGE_TEXTS = ("inline_container.cc", "basic_ios::clear", "os error 28")
+"""How PyTorch and safetensors say that a file could not be written."""
+
+
+def storage_failure(exc: BaseException) -> str | None:
+    """Why a file system took no more bytes (no space, quota, read-only); None if that is not what went wrong."""
+    if isinstance(exc, OSError) and exc.errno in _STORAGE:
+        return os.strerror(exc.errno)
+    return "no space is left, or the disk fails" if any(text in str(exc) for text in _STORAGE_TEXTS) else None
 
 
 def exit_code_of(exc: BaseException) -> ExitCode:
@@ -76,3 +90,19 @@ def exit_code_of(exc: BaseException) -> ExitCode:
     if isinstance(exc, torch.distributed.DistError) or "gloo/transport" in str(exc):
         return ExitCode.COMMUNICATION
     return ExitCode.UNEXPECTED
+
+
+_UNCLEAR = {
+    ExitCode.UNEXPECTED: "{kind}: {text}",
+    ExitCode.OUT_OF_MEMORY: "out of memory ({text}): lower train_micro_batch_size_per_gpu, raising "
+                            "gradient_accumulation_steps instead, lower data.row_tokens or the sizes of the model, or "
+                            "set train.activation_checkpointing",
+    ExitCode.COMMUNICATION: "lost another rank ({text}): its own output says why; started again, the run continues "
+                            "from its newest checkpoint",
+}
+"""What is said about errors whose own text names no remedy."""
+
+
+def line_of(exc: BaseException) -> str:
+    """What to tell the user about an error, in one line."""
+    return _UNCLEAR.get(exit_code_of(exc), "{text}").format(kind=type(exc).__name__, text=" ".join(str(exc).split()))

@@ -11,7 +11,8 @@ from trainer.data.prepare import PreparedData
 from trainer.launch import Ranks
 from trainer.randomness import evaluation_draw
 
-_SYSTEMS = ("model", "shuffled_sources", "context_free")
+_TITLES = {"model": "model", "shuffled_sources": "wrong source", "context_free": "context-free"}
+_SYSTEMS = tuple(_TITLES)
 KNOWN_BELOW = 0.5
 """nats: noise levels where the context-free posterior knows a token better than this are left out of the averages;
 there is nothing left to learn from context."""
@@ -63,11 +64,16 @@ def _add(sums: torch.Tensor, model: DiffusionLM, batch: PackedBatch, weight: flo
         sums[:, 3].index_add_(0, level_M, torch.full_like(free_M, weight, dtype=torch.float64))
 
 
+def summary(result: dict) -> str:
+    """The averages in one line."""
+    parts = [f"{_TITLES[name]} {result[f'cross_entropy_{name}']:.3f}" for name in result["by_level"]]
+    return f"cross-entropy in nats per token: {', '.join(parts)}"
+
+
 def table(result: dict) -> str:
     """The result for people: one line a noise level, then the averages."""
     names = list(result["by_level"])
-    titles = {"model": "model", "shuffled_sources": "wrong source", "context_free": "context-free"}
-    lines = [f"{'log-SNR':>8}" + "".join(f"{titles[name]:>14}" for name in names) + "   nats per token"]
+    lines = [f"{'log-SNR':>8}" + "".join(f"{_TITLES[name]:>14}" for name in names) + "   nats per token"]
     for index, log_snr in enumerate(result["log_snr"]):
         lines.append(f"{log_snr:8.2f}" + "".join(f"{result['by_level'][name][index]:14.3f}" for name in names))
     lines.append(f"{'mean':>8}" + "".join(f"{result[f'cross_entropy_{name}']:14.3f}" for name in names)

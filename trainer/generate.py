@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from model.diffusion_lm import DiffusionLM
-from model.sampling import SamplerSettings, sample
+from model.sampling import SamplerSettings, noise_levels, sample
 from trainer.config import SampleConfig
 from trainer.data.evaluation import generation_batch
 from trainer.data.vocabulary import Vocabulary
@@ -34,3 +34,15 @@ def generate(model: DiffusionLM, vocabulary: Vocabulary, sources: Sequence[tuple
         texts = vocabulary.decode(tokens_CL.tolist())
         for number, tokens_L, text in zip(numbers, tokens_CL, texts, strict=True):
             yield {"document": number, "text": text, "ended": bool((tokens_L == vocabulary.eos_id).any())}
+
+
+def emergence(model: DiffusionLM, vocabulary: Vocabulary, source: tuple[int, np.ndarray], canvas_tokens: int,
+              settings: SamplerSettings, *, device: torch.device) -> dict:
+    """How the text that `generate` gives for one source emerges: its `document` number, and for every step the
+    `log_snr` and the most likely text, `texts`; the last one is the result."""
+    number, ids = source
+    batch = generation_batch([ids], canvas_tokens=canvas_tokens, pad_id=vocabulary.pad_id, samples=[number])
+    trace: list[torch.Tensor] = []
+    sample(model, batch, settings, device=device, trace=trace)
+    return {"document": number, "log_snr": noise_levels(model, settings).tolist(),
+            "texts": vocabulary.decode([tokens_CL[0].tolist() for tokens_CL in trace])}

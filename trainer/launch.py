@@ -14,6 +14,8 @@ from datetime import timedelta
 
 import torch
 
+from trainer import failure
+
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
 
 _RANK_VARIABLES = (
@@ -74,6 +76,7 @@ def start(timeout_minutes: float = 10.0) -> Ranks:
                                timeout=timedelta(minutes=timeout_minutes))
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     control = torch.distributed.new_group(backend="gloo") if cuda else torch.distributed.group.WORLD
+    failure.watch()
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device, control)
 
 
@@ -81,18 +84,9 @@ def stop() -> None:
     """Leaves the process group together. Without it gloo's threads may abort a process that has succeeded."""
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
+        failure.dismiss()
+        torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-
-
-def first_to_report() -> bool:
-    """True on one rank of those that fail together. Before the group exists all ranks fail alike, so the first one
-    speaks; afterwards whichever comes first."""
-    if not torch.distributed.is_initialized():
-        return os.environ.get("RANK", "0") == "0"
-    try:
-        return torch.distributed.distributed_c10d._get_default_store().add("reported_errors", 1) == 1
-    except RuntimeError:  # the store went with the first rank
-        return True
 
 
 def _free_port() -> int:

@@ -22,7 +22,7 @@ from trainer.data.prepare import prepare
 from trainer.ds_config import DSConfig
 from trainer.engine import Engine
 from trainer.errors import CheckpointError, NumericalError
-from trainer.evaluate import evaluate, table
+from trainer.evaluate import evaluate, summary, table
 from trainer.export import load_weights, model_folder, write_model
 from trainer.generate import generate, sampler_settings
 from trainer.hardware import peak_flops
@@ -40,7 +40,7 @@ class TrainingRun:
         self.ds, self.folder, self.ranks, self.stop = ds, folder, ranks, stop
         if run.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
-        torch.use_deterministic_algorithms(run.train.deterministic)
+            torch.use_deterministic_algorithms(True)
         self.data = prepare(run.data, splits=("train", "valid"), progress=True)
         self.vocabulary = vocabulary = self.data.vocabulary
         self.run = run = replace(run, model=replace(
@@ -103,9 +103,10 @@ class TrainingRun:
         for index, batch in enumerate(micro_batches):
             plan = model.prepare(batch, device=device, dtype=self.engine.dtype).to(device)
             draw = training_draw(batch, self.run.model, seed, self.step).to(device)
-            report = self.engine.forward_backward(batch.to(device), plan, draw, info.loss_tokens, info.tokens)
+            batch = batch.to(device)
+            report = self.engine.forward_backward(batch, plan, draw, info.loss_tokens, info.tokens)
             self._check_finite(report.total)
-            self.metrics.add(report, training_flops(self.run.model, plan, batch.sample_C.numel()))
+            self.metrics.add(report, batch, training_flops(self.run.model, plan, batch.sample_C.numel()))
             self.engine.accumulate(last=index == len(micro_batches) - 1)
         rate = self.engine.update(self.step)
         self.metrics.count(info.loss_tokens, info.tokens)
@@ -137,9 +138,7 @@ class TrainingRun:
                               levels=run.eval.noise_levels, seed=run.train.seed, dtype=self.engine.dtype,
                               ranks=self.ranks)
         self.log.write("eval", self.step, result)
-        self.say(f"step {self.step}: cross-entropy {result['cross_entropy_model']:.3f}, wrong source "
-                 f"{result['cross_entropy_shuffled_sources']:.3f}, context-free "
-                 f"{result['cross_entropy_context_free']:.3f} nats per token")
+        self.say(f"step {self.step}: {summary(result)}")
         if self.step == run.train.steps:
             self.say(table(result))
 

@@ -10,12 +10,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 
+from model.batch import PackedBatch
 from model.diffusion.schedule import NoiseSchedule
 from model.diffusion_lm import LossReport
 
-NOISE_BINS = 10
+NOISE_BINS = POSITION_BINS = 10
 PER_TRAINED_TOKEN = ("cross_entropy", "mse", "rounding")
 
 
@@ -35,13 +38,14 @@ class StepMetrics:
         self.terms: dict[str, torch.Tensor] = {}
         self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
         self.expert_counts_LE = torch.zeros(self.layers, self.experts, device=self.device)
+        self.position_counts_LPE = torch.zeros(self.layers, POSITION_BINS, self.experts, device=self.device)
         self.router_entropy = torch.zeros((), device=self.device)
         self.loss = torch.zeros((), device=self.device)
         self.trained_tokens = self.tokens = self.steps = self.flops = 0
         self.began, self.elsewhere = time.perf_counter(), 0.0
 
-    def add(self, report: LossReport, flops: int) -> None:
-        """One micro-batch of this rank, and what it cost (`model/flops.py`)."""
+    def add(self, report: LossReport, batch: PackedBatch, flops: int) -> None:
+        """One micro-batch of this rank, on the device, and what it cost (`model/flops.py`)."""
         self.flops += flops
         self.loss += report.total.detach()
         for name, value in report.terms.items():
@@ -50,7 +54,11 @@ class StepMetrics:
         place = ((high - report.log_snr_M) / (high - low) * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
         self.noise_sums[0].index_add_(0, place, report.cross_entropy_M)
         self.noise_sums[1].index_add_(0, place, torch.ones_like(report.cross_entropy_M))
+        tenth_T = document_tenths(batch)
         for layer, aux in enumerate(report.experts):
+            places = (tenth_T[:, None] * self.experts + aux.expert_index_Tk).flatten()
+            self.position_counts_LPE[layer] += torch.bincount(
+                places, minlength=POSITION_BINS * self.experts).view(POSITION_BINS, self.experts)
             self.expert_counts_LE[layer] += aux.counts_E
             self.router_entropy += aux.entropy_sum / self.layers
 
@@ -71,11 +79,13 @@ class StepMetrics:
         """Means since the last call, over all ranks. A collective."""
         names = list(self.terms)
         parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
-                 self.expert_counts_LE.flatten(), torch.stack([self.router_entropy, self.loss]),
+                 self.expert_counts_LE.flatten(), self.position_counts_LPE.flatten(),
+                 torch.stack([self.router_entropy, self.loss]),
                  torch.tensor([self.flops / 1e12], device=self.device)]
         flat = torch.cat(parts)
         torch.distributed.all_reduce(flat)
-        terms, noise, counts, (entropy, loss), (teraflops,) = flat.cpu().split([part.numel() for part in parts])
+        sizes = [part.numel() for part in parts]
+        terms, noise, counts, by_position, (entropy, loss), (teraflops,) = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
         line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
                 for name, value in zip(names, terms, strict=True)}
@@ -87,7 +97,8 @@ class StepMetrics:
         line |= {
             "cross_entropy_by_noise": [round(float(s / n), 5) if n else None
                                        for s, n in zip(sums, number, strict=True)],
-            "expert_share": [[round(float(x), 5) for x in row] for row in share_LE],
+            "expert_share": _shares(counts_LE),
+            "expert_share_by_position": _shares(by_position.view(self.layers, POSITION_BINS, self.experts)),
             "expert_variation_worst": float(variation_L.max()),
             "router_entropy": float(entropy) / self.tokens,
             "tokens_per_s": self.tokens / seconds,
@@ -100,6 +111,18 @@ class StepMetrics:
             line["mfu"] = 1e12 * line["tflops_per_s"] / (ranks * self.peak_flops)
         self._reset()
         return line
+
+
+def document_tenths(batch: PackedBatch) -> torch.Tensor:
+    """In which tenth of its document (source and target together) each token lies: int64 [T] from 0 to 9."""
+    length_D = torch.zeros(batch.documents, dtype=torch.int64, device=batch.position_T.device)
+    length_D.scatter_reduce_(0, batch.document_T, batch.position_T + 1, "amax")
+    return batch.position_T * POSITION_BINS // length_D[batch.document_T]
+
+
+def _shares(counts: torch.Tensor) -> list:
+    """Counts over experts (the last dimension) as rounded shares; zeros where nothing was counted."""
+    return (counts / counts.sum(-1, keepdim=True).clamp_min(1)).double().round(decimals=4).tolist()
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -126,7 +149,12 @@ class MetricsLog:
         temporary.write_text("".join(kept))
         temporary.rename(path)
         self.file = path.open("a")
-        self.board = SummaryWriter(str(run_dir / "tb"), purge_step=resumed_at + 1 if resumed_at else None)
+        # Not SummaryWriter: its thread ends on a full disk, and the next call waits for it for ever.
+        (run_dir / "tb").mkdir(exist_ok=True)
+        self.board = EventsWriter(str(run_dir / "tb" / "events"))
+        if resumed_at:
+            self.board.write_event(Event(wall_time=time.time(), step=resumed_at + 1,
+                                         session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """kind: train, eval, samples or event."""
@@ -136,11 +164,15 @@ class MetricsLog:
         self.file.flush()
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
-                self.board.add_scalar(f"{kind}/{name}", value, step)
+                self._draw(f"{kind}/{name}", value, step)
             elif name == "cross_entropy_by_noise":
                 for index, part in enumerate(value):
                     if part is not None:
-                        self.board.add_scalar(f"{kind}/{name}/{index}", part, step)
+                        self._draw(f"{kind}/{name}/{index}", part, step)
+        self.board.flush()
+
+    def _draw(self, tag: str, value: float, step: int) -> None:
+        self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
 
     def close(self) -> None:
         if self.active:

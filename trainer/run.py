@@ -8,13 +8,12 @@ _ROOT = str(Path(__file__).resolve().parents[1])
 sys.path = [_ROOT, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(_ROOT, "trainer"))]
 
 import os  # noqa: E402
-import time  # noqa: E402
 import traceback  # noqa: E402
 
 from model.allocator import keep_freed_memory  # noqa: E402
-from trainer import launch  # noqa: E402
+from trainer import failure, launch  # noqa: E402
 from trainer.command_line import parse  # noqa: E402
-from trainer.errors import ExitCode, exit_code_of  # noqa: E402
+from trainer.errors import ExitCode, exit_code_of, line_of  # noqa: E402
 
 
 def main() -> None:
@@ -55,7 +54,8 @@ def train(args, run, ds) -> None:
         say(f"{part}: {choice}")
     folder = RunFolder(args.run_dir, args.resume, args.init_from)
     on_first_rank(ranks, lambda: folder.open(run, ds, {"command": sys.argv, "kernels": kernels}, say))
-    finished = TrainingRun(run, ds, folder, ranks, stop).train()
+    with folder.kept():
+        finished = TrainingRun(run, ds, folder, ranks, stop).train()
     say(f"{'finished' if finished else f'stopped on request ({stop.reason}) and saved; run again to continue'}: "
         f"{folder.path}")
     launch.stop()
@@ -64,16 +64,14 @@ def train(args, run, ds) -> None:
 def leave(error: Exception) -> None:
     """Says once, in one line, what went wrong, and ends this process at once: others may be waiting in a collective,
     and their launcher ends them when it sees the exit code."""
-    code = exit_code_of(error)
-    if launch.first_to_report():
+    first, code = failure.report(exit_code_of(error))
+    if first:
         if code == ExitCode.UNEXPECTED:
             traceback.print_exception(error)
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {line_of(error)}", file=sys.stderr)
     sys.stdout.flush()
     sys.stderr.flush()
-    if os.environ.get("RANK") == "0":
-        time.sleep(1)  # the others ask this process whether the error was reported
-    os._exit(code)
+    failure.leave(code)
 
 
 if __name__ == "__main__":

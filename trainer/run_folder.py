@@ -13,7 +13,8 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from trainer import checkpoint
 from trainer.config import RunConfig, describe, to_toml
 from trainer.config_load import load
 from trainer.ds_config import DSConfig
+from trainer.errors import CheckpointError, storage_failure
 from trainer.launch import Ranks
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
@@ -67,6 +69,18 @@ class RunFolder:
         except OSError as error:
             raise ConfigError("--run_dir", f"{self.path} cannot be written: {error.strerror or error}") from error
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Around everything that writes here while training: CheckpointError where the disk takes no more."""
+        try:
+            yield
+        except Exception as error:
+            reason = storage_failure(error)
+            if reason is None:
+                raise
+            raise CheckpointError(f"{self.path} cannot be written: {reason}. Make room and start again: the newest "
+                                  "whole checkpoint is kept") from error
+
     def checkpoint(self, say: Callable[[str], None]) -> tuple[Path, dict] | None:
         """Where to resume from, checked file by file, or None to begin at step 0."""
         if self.resume in ("auto", "none"):
@@ -96,7 +110,8 @@ class RunFolder:
                 if second == 0:
                     say(f"waiting for another process that still uses {self.path}")
                 time.sleep(1)
-        raise ConfigError("--run_dir", f"{self.path} is in use by another process")
+        raise ConfigError("--run_dir", f"{self.path} is in use by another process: wait for it, end it or "
+                          "choose another --run_dir")
 
     def _same_configuration(self, run: RunConfig, say: Callable[[str], None]) -> None:
         before = {key.name: key.default for key in describe(load(file=self.path / "config" / "run.toml"))}

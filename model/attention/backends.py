@@ -11,8 +11,9 @@ from model.errors import BackendUnavailable, ConfigError
 
 _KERNELS = {"flash_attn": flash_attn.FlashAttn, "torch_flash": torch_flash.TorchFlash,
             "cpu_band": cpu_band.CpuBand, "reference": reference.Reference}
-_UNAVAILABLE = {"flash_attn": flash_attn.unavailable, "torch_flash": torch_flash.unavailable,
-                "cpu_band": cpu_band.unavailable, "reference": reference.unavailable}
+UNAVAILABLE = {"flash_attn": flash_attn.unavailable, "torch_flash": torch_flash.unavailable,
+               "cpu_band": cpu_band.unavailable, "reference": reference.unavailable}
+"""Backend -> function of (device, dtype, head_dim) that says why it cannot run there, or None; in auto's order."""
 _KEY = "model.attention.backend"
 
 
@@ -21,7 +22,7 @@ def choose_backend(name: str, device: torch.device | str, dtype: torch.dtype, he
     reference, and says why not an earlier one. Any other name is that backend or raises BackendUnavailable."""
     device = torch.device(device)
     reasons = {}
-    for candidate, unavailable in _UNAVAILABLE.items():
+    for candidate, unavailable in UNAVAILABLE.items():
         reasons[candidate] = unavailable(device, dtype, head_dim)
     works = next(candidate for candidate, reason in reasons.items() if reason is None)
     if name == "auto":

@@ -46,6 +46,20 @@ def test_ranks_and_zero_stages_give_the_same_losses(workplace, world, stage):
     assert all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["diffuseq", "moe_diffuseq"])
+def test_the_papers_recipes_train_evaluate_and_generate(workplace, recipe):
+    folder, settings, _ = workplace
+    run_dir = folder / recipe
+    settings = {**settings, "data.draws_per_source": 1, "train.steps": 6, "train.eval_every": 3,
+                "train.sample_every": 6}
+    finish(start(1, ds_config(folder, micro=1, stage=1), run_dir, settings, "--recipe", recipe))
+    train, evaluated = lines(run_dir), lines(run_dir, "eval")
+    assert {"mse", "rounding", "cross_entropy"} <= train[-1].keys() and train[-1]["loss"] < train[0]["loss"]
+    assert len(evaluated) == 2 and evaluated[-1]["tokens"] > 0
+    assert len((run_dir / "samples" / "step-00000006.jsonl").read_text().splitlines()) == 2
+
+
 def test_a_run_keeps_what_it_was_made_with(workplace):
     *_, reference = workplace
     environment = json.loads((reference / "config" / "environment.json").read_text())

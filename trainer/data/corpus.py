@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.data.config import DataConfig
-from trainer.errors import DataError
+from trainer.errors import DataError, storage_failure
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -49,8 +49,11 @@ class Corpus:
         """Hash of everything that the documents depend on: bytes of the files, names of the fields."""
         total = hashlib.sha256(repr((self.source_field, self.target_field, self.text_field)).encode())
         for path in self.files or [Path(f["filename"]) for f in self._dataset.cache_files]:
-            with open(path, "rb") as handle:
-                total.update(hashlib.file_digest(handle, "sha256").digest())
+            try:
+                with open(path, "rb") as handle:
+                    total.update(hashlib.file_digest(handle, "sha256").digest())
+            except OSError as error:
+                raise DataError(f"{path}: cannot be read: {error.strerror}") from error
         return total.hexdigest()
 
     def __len__(self) -> int:
@@ -89,7 +92,10 @@ class Corpus:
         try:
             loaded = self._load(datasets)
         except Exception as error:  # of many kinds: Arrow's, the hub's, the file system's
-            reason = (str(error.__cause__ or error).strip() or type(error).__name__).splitlines()[0]
+            cause = error.__cause__ or error
+            if isinstance(cause, OSError) and storage_failure(cause):
+                raise cause from None  # the cache's disk, not the documents
+            reason = (str(cause).strip() or type(error).__name__).splitlines()[0]
             hint = " (nor is there a local file or folder of this name)" if self.hub else ""
             raise DataError(f"{self.name}: cannot be loaded: {reason}{hint}") from error
         return self._checked(loaded)

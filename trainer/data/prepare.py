@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from model.errors import ConfigError
 from trainer.data.config import DataConfig
 from trainer.data.corpus import REPOSITORY, Corpus, find_corpus
 from trainer.data.packing import Samples
@@ -46,9 +47,14 @@ def prepare(config: DataConfig, *, splits: tuple[str, ...] = SPLITS, progress: b
     config.validate()
     corpora = {split: find_corpus(getattr(config, split), split, config)
                for split in splits if getattr(config, split)}
-    vocabulary = open_vocabulary(config, corpora.get("train"))
-    caches = {split: open_token_cache(corpus, vocabulary, config.cache_dir, progress=progress)
-              for split, corpus in corpora.items()}
+    try:
+        Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
+        vocabulary = open_vocabulary(config, corpora.get("train"))
+        caches = {split: open_token_cache(corpus, vocabulary, config.cache_dir, progress=progress)
+                  for split, corpus in corpora.items()}
+    except OSError as error:  # documents that cannot be read are DataErrors
+        raise ConfigError("data.cache_dir", f"{config.cache_dir} cannot be written: {error.strerror or error}. Make "
+                          "room, or give another folder") from error
     return PreparedData(config, vocabulary, caches)
 
 
@@ -56,7 +62,8 @@ def open_vocabulary(config: DataConfig, train: Corpus | None = None) -> Vocabula
     """The vocabulary that the configuration names, trained first where it says so."""
     if config.vocabulary != "train":
         path = Path(config.vocabulary).expanduser()
-        return Vocabulary(path if path.exists() or path.is_absolute() else REPOSITORY / path)
+        shipped = REPOSITORY / path
+        return Vocabulary(shipped if shipped.exists() and not path.exists() else path)
     corpus = train or find_corpus(config.train, "train", config)
     key = hashlib.sha256(f"{corpus.digest} {config.vocab_size} {TRAINING_CHARACTERS}".encode()).hexdigest()
     path = Path(config.cache_dir).absolute() / "vocabularies" / f"{key[:24]}.model"

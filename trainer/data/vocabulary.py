@@ -104,7 +104,7 @@ def _lines(text: str) -> Iterator[str]:
 
 def _train(lines: list[str], vocab_size: int) -> bytes:
     if not lines:
-        raise DataError("the training documents hold no text to train a vocabulary on")
+        raise DataError("data.train: the documents hold no text to train a vocabulary on")
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
