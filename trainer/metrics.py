@@ -37,7 +37,6 @@ class StepMetrics:
     def _reset(self) -> None:
         self.terms: dict[str, torch.Tensor] = {}
         self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
-        self.expert_counts_LE = torch.zeros(self.layers, self.experts, device=self.device)
         self.position_counts_LPE = torch.zeros(self.layers, POSITION_BINS, self.experts, device=self.device)
         self.router_entropy = torch.zeros((), device=self.device)
         self.loss = torch.zeros((), device=self.device)
@@ -59,7 +58,6 @@ class StepMetrics:
             places = (tenth_T[:, None] * self.experts + aux.expert_index_Tk).flatten()
             self.position_counts_LPE[layer] += torch.bincount(
                 places, minlength=POSITION_BINS * self.experts).view(POSITION_BINS, self.experts)
-            self.expert_counts_LE[layer] += aux.counts_E
             self.router_entropy += aux.entropy_sum / self.layers
 
     def count(self, trained_tokens: int, tokens: int) -> None:
@@ -79,26 +77,27 @@ class StepMetrics:
         """Means since the last call, over all ranks. A collective."""
         names = list(self.terms)
         parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
-                 self.expert_counts_LE.flatten(), self.position_counts_LPE.flatten(),
+                 self.position_counts_LPE.flatten(),
                  torch.stack([self.router_entropy, self.loss]),
                  torch.tensor([self.flops / 1e12], device=self.device)]
         flat = torch.cat(parts)
         torch.distributed.all_reduce(flat)
         sizes = [part.numel() for part in parts]
-        terms, noise, counts, by_position, (entropy, loss), (teraflops,) = flat.cpu().split(sizes)
+        terms, noise, by_position, (entropy, loss), (teraflops,) = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
         line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
                 for name, value in zip(names, terms, strict=True)}
         line = {"loss": float(loss) / self.steps, **line}
         sums, number = noise.view(2, NOISE_BINS)
-        counts_LE = counts.view(self.layers, self.experts)
+        counts_LPE = by_position.view(self.layers, POSITION_BINS, self.experts)
+        counts_LE = counts_LPE.sum(1)
         share_LE = counts_LE / counts_LE.sum(1, keepdim=True)
         variation_L = share_LE.std(1, unbiased=False) / share_LE.mean(1)
         line |= {
             "cross_entropy_by_noise": [round(float(s / n), 5) if n else None
                                        for s, n in zip(sums, number, strict=True)],
             "expert_share": _shares(counts_LE),
-            "expert_share_by_position": _shares(by_position.view(self.layers, POSITION_BINS, self.experts)),
+            "expert_share_by_position": _shares(counts_LPE),
             "expert_variation_worst": float(variation_L.max()),
             "router_entropy": float(entropy) / self.tokens,
             "tokens_per_s": self.tokens / seconds,
