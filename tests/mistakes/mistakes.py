@@ -22,7 +22,7 @@ GOOD = '{"src": "bad cafe", "trg": "bead"}\n'
 @dataclass(frozen=True)
 class Mistake:
     """One mistake on top of a run that would work: files in the current folder are `train.jsonl`, `valid.jsonl`,
-    `ds.json` (DS_CONFIG), and with `resumes` the folder `run` of a run of 2 steps on one rank.
+    `ds.json` (DS_CONFIG), and with `resumes` the folder `run` of a run of 2 steps on `saved_by` ranks.
     """
 
     stage: str
@@ -47,8 +47,10 @@ class Mistake:
     resumes: bool = False
     held: bool = False
     """Another process has the folder `run` open."""
+    saved_by: int = 0
+    """Ranks of the run in the folder `run`; 0: as many as now."""
     ranks: tuple[int, ...] = (1,)
-    """Numbers of processes it is tested with."""
+    """Numbers of processes the fast tests try; the slow ones try the rest of ALL_RANKS."""
 
     def command(self) -> list[str]:
         """Arguments of trainer/run.py."""
@@ -61,7 +63,7 @@ class Mistake:
                 *self.arguments]
 
 
-BOTH = (1, 2)
+BOTH = ALL_RANKS = (1, 2)
 _DATA = "…train.jsonl"
 
 
@@ -253,7 +255,7 @@ MISTAKES = [
             ds={"zero_optimization": {"stage": 1}}, resumes=True),
     Mistake("Checkpoints", "another number of ranks", "…/step-00000002 was saved with world = 1, this run has 2: start "
             "it as it was saved, or begin a new run from the exported model with --init_from", 84, resumes=True,
-            ranks=(2,)),
+            saved_by=1, ranks=(2,)),
     Mistake("Checkpoints", "a checkpoint that is not there", "…/none has no readable manifest.json (…): it was never "
             "completed", 84, arguments=("--resume", "none/none")),
     Mistake("Checkpoints", "a checkpoint with a broken manifest", "…/step-00000002 has no readable manifest.json (…): "
@@ -296,7 +298,8 @@ _PAGE = """\
 
 Every mistake ends a run with one line, `error: ` and what stands below, said by one rank, and with an exit code
 ([configuration.md](configuration.md#exit-codes)). `…` stands for what depends on the case. Each line is tested
-(`tests/mistakes/test_bad_input.py`); this page is written by `python tests/mistakes/mistakes.py > docs/errors.md`.
+on one and on two ranks (`tests/mistakes/test_bad_input.py`); this page is written by
+`python tests/mistakes/mistakes.py > docs/errors.md`.
 """
 
 

@@ -11,11 +11,12 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.mistakes.mistakes import DS_CONFIG, MISTAKES, Mistake, page
+from tests.mistakes.mistakes import ALL_RANKS, DS_CONFIG, MISTAKES, Mistake, page
 from tests.trainer.launching import ROOT, write_corpus
 from trainer.errors import ExitCode
 
@@ -51,14 +52,16 @@ def launcher():
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, launcher):
-    """A folder with everything that a run needs, and a finished run."""
-    folder = tmp_path_factory.mktemp("mistakes")
-    write_corpus(folder)
-    (folder / "ds.json").write_text(json.dumps(DS_CONFIG))
-    codes, outputs = launch(launcher, folder, Mistake("", "", ""), 1)
-    assert codes == [0], outputs
-    return folder
+def workplaces(tmp_path_factory, launcher):
+    """Folders with everything that a run needs, and a finished run: by the number of ranks of that run."""
+    folders = {}
+    for world in ALL_RANKS:
+        folders[world] = folder = tmp_path_factory.mktemp(f"mistakes{world}")
+        write_corpus(folder)
+        (folder / "ds.json").write_text(json.dumps(DS_CONFIG))
+        codes, outputs = launch(launcher, folder, Mistake("", "", ""), world)
+        assert codes == [0] * world, outputs
+    return folders
 
 
 def free_port() -> int:
@@ -111,12 +114,18 @@ def make_mistake(mistake: Mistake, folder: Path) -> None:
         path.symlink_to(target)
 
 
-@pytest.mark.parametrize("mistake, world", [
-    pytest.param(mistake, world, id=f"{mistake.stage}: {mistake.what}, {world} rank{'s' * (world > 1)}")
-    for mistake in MISTAKES for world in mistake.ranks])
-def test_mistake_gets_one_line_and_its_exit_code(workplace, launcher, tmp_path, mistake, world):
+def trials() -> Iterator:
+    for mistake in MISTAKES:
+        for world in ALL_RANKS:
+            if world != mistake.saved_by:
+                name = f"{mistake.stage}: {mistake.what}, {world} rank{'s' * (world > 1)}"
+                yield pytest.param(mistake, world, id=name, marks=() if world in mistake.ranks else pytest.mark.slow)
+
+
+@pytest.mark.parametrize("mistake, world", list(trials()))
+def test_mistake_gets_one_line_and_its_exit_code(workplaces, launcher, tmp_path, mistake, world):
     folder = tmp_path / "work"
-    shutil.copytree(workplace, folder)
+    shutil.copytree(workplaces[mistake.saved_by or world], folder)
     make_mistake(mistake, folder)
     with contextlib.ExitStack() as stack:
         if mistake.disk:
@@ -137,7 +146,8 @@ def test_mistake_gets_one_line_and_its_exit_code(workplace, launcher, tmp_path, 
 
 
 @pytest.mark.slow
-def test_launcher_passes_the_exit_code_on(workplace):
+def test_launcher_passes_the_exit_code_on(workplaces):
+    workplace = workplaces[2]
     (workplace / "broken.jsonl").write_text("broken\n")
     launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "2", "--master_port", str(free_port())]
     mistake = Mistake("", "", "", set=("data.train=broken.jsonl",), arguments=("--run_dir", "launched"))
