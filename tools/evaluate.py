@@ -1,9 +1,12 @@
-"""Score generated texts beside trivial baselines: the source's first words and the greedy extractive oracle.
+"""Score generated texts beside trivial baselines: a copy of the source, its first words, and an extractive oracle.
 
-    python tools/evaluate.py runs/tiny-long_doc/generations/test.jsonl
+    python tools/evaluate.py runs/tiny/generations/test.jsonl
+    python tools/evaluate.py runs/a/generations/test.jsonl runs/b/generations/test.jsonl   # side by side
+    python tools/evaluate.py answers.jsonl --task answers                                  # with exact match and F1
 
-Reads the JSON lines that tools/generate.py writes; prints a table and keeps it beside them as .scores.md and
-.scores.json.
+Reads JSON lines with `text`, `source` and `reference` (a string, or a list where several are right), as
+tools/generate.py writes them; prints a table and keeps it beside each file as .scores.md and .scores.json. Several
+files must be about the same documents; the differences from the first are then printed with their intervals.
 """
 
 import sys
@@ -14,8 +17,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import argparse
 import json
 
+from tqdm import tqdm
+
 from tools.command import run
-from tools.scoring import baselines, median_words, score, to_json, to_markdown
+from tools.scoring.baselines import baselines, median_words
+from tools.scoring.bootstrap import RESAMPLES, difference
+from tools.scoring.columns import COLUMNS
+from tools.scoring.embeddings import Encoder
+from tools.scoring.systems import TASKS, Scores, score, to_json, to_markdown
 from trainer.errors import DataError
 
 _FIELDS = ("text", "source", "reference")
@@ -23,14 +32,20 @@ _FIELDS = ("text", "source", "reference")
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("generations", type=Path, help="JSON lines with text, source and reference")
+    parser.add_argument("generations", type=Path, nargs="+", help="JSON lines with text, source and reference")
+    parser.add_argument("--task", choices=TASKS, default="text", help="answers: also exact match and F1; labels: also "
+                        "accuracy; both without case, punctuation and articles (default: text)")
     parser.add_argument("--lead_words", type=int, default=0, metavar="N",
                         help="length of the first-words baseline (default: the references' median)")
+    parser.add_argument("--embedding_model", type=Path, metavar="DIR", help="a text encoder on disk, as Hugging Face "
+                        "keeps them: adds the cosine of output and reference")
+    parser.add_argument("--resamples", type=int, default=RESAMPLES, metavar="N",
+                        help=f"bootstrap resamples behind the 95 %% intervals (default: {RESAMPLES})")
     return parser
 
 
 def read(path: Path) -> list[dict]:
-    """The records of a file; DataError names the line that is none."""
+    """The records of a file, references as lists; DataError names the line that is none."""
     records = []
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028, which texts may hold
@@ -38,23 +53,62 @@ def read(path: Path) -> list[dict]:
         raise DataError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         try:
-            records.append({field: json.loads(line)[field] for field in _FIELDS})
+            record = {field: json.loads(line)[field] for field in _FIELDS}
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(f"{path}:{number}: needs a JSON object with {', '.join(_FIELDS)} ({error!r})") from error
+        if isinstance(record["reference"], str):
+            record["reference"] = [record["reference"]]
+        if not record["reference"]:
+            raise DataError(f"{path}:{number}: has an empty list of references: give one at least")
+        records.append(record)
     if not records:
         raise DataError(f"{path} holds no texts")
     return records
 
 
+def read_all(paths: list[Path]) -> dict[Path, list[dict]]:
+    """The records of all files; DataError where they are not about the same documents."""
+    files = {path: read(path) for path in paths}
+    first = files[paths[0]]
+    for path, records in files.items():
+        if [record["reference"] for record in records] != [record["reference"] for record in first]:
+            raise DataError(f"{path} has other references than {paths[0]}: generate both for the same documents, in "
+                            "the same order")
+    return files
+
+
+def differences(systems: dict[str, Scores], resamples: int) -> str:
+    """Each system's lead over the first one, as a Markdown table."""
+    (first, base), *others = systems.items()
+    names = [name for name in COLUMNS if name in base.by_document]
+    rows = [(f"against {first}", *(COLUMNS[name] for name in names)), ("---", *["---:"] * len(names))]
+    for system, each in others:
+        found = [difference(each.by_document[name], base.by_document[name], resamples) for name in names]
+        rows.append((system, *(f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" for mean, low, high in found)))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
 def main() -> None:
     args = build_parser().parse_args()
-    texts, sources, references = zip(*(record.values() for record in read(args.generations)), strict=True)
-    systems = {"model": score(texts, references),
-               **baselines(sources, references, args.lead_words or median_words(references))}
-    table = to_markdown(systems)
-    args.generations.with_suffix(".scores.md").write_text(table)
-    args.generations.with_suffix(".scores.json").write_text(to_json(systems))
-    print(table)
+    files = read_all(args.generations)
+    encoder = Encoder(args.embedding_model) if args.embedding_model else None
+    records = files[args.generations[0]]
+    sources, references = [each["source"] for each in records], [each["reference"] for each in records]
+    words = args.lead_words or median_words([alternatives[0] for alternatives in references])
+    texts = {str(path): [each["text"] for each in found] for path, found in files.items()}
+    texts |= baselines(sources, references, words)
+    scores = {name: score(each, references, task=args.task, encoder=encoder, resamples=args.resamples)
+              for name, each in tqdm(texts.items(), desc="scoring", unit="system", leave=False)}
+    trivial = {name: found for name, found in scores.items() if name not in map(str, files)}
+    for path in files:
+        own = {"model": scores[str(path)], **trivial}
+        path.with_suffix(".scores.md").write_text(to_markdown(own))
+        path.with_suffix(".scores.json").write_text(to_json(own))
+    if len(files) == 1:
+        print(to_markdown(own))
+    else:
+        print(to_markdown(scores))
+        print(differences({name: scores[name] for name in map(str, files)}, args.resamples))
 
 
 if __name__ == "__main__":

@@ -65,6 +65,14 @@ def test_generation_resumes_and_its_texts_are_scored(run_dir):
     assert {"model", "greedy extractive oracle"} < scores.keys() and scores["model"]["documents"] == 6
     assert output.with_suffix(".scores.md").read_text() in printed
 
+    other = output.with_name("other.jsonl")
+    other.write_text("".join(json.dumps({**record, "text": record["reference"]}) + "\n" for record in records))
+    printed = tool("evaluate", output, other)
+    assert f"| {other} | +" in printed and "against" in printed
+    assert json.loads(other.with_suffix(".scores.json").read_text())["model"]["bleu"] > 99
+    other.write_text("".join(whole.splitlines(keepends=True)[:2]))
+    assert "other references" in tool("evaluate", output, other, expect=81)
+
 
 def test_a_file_of_other_settings_is_not_continued(run_dir):
     output = run_dir / "seeded.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import shlex
 from collections.abc import Sequence
 from html import escape
@@ -10,9 +11,8 @@ from html import escape
 from tools.reporting.charts import Series, bars, lines
 from tools.reporting.runs import Generations, Run
 from tools.reporting.tables import missing, table
+from tools.scoring.columns import COLUMNS
 
-_COLUMNS = {"documents": "documents", "rouge1": "R1", "rouge2": "R2", "rougeL": "RL", "distinct1": "distinct-1",
-            "distinct2": "distinct-2", "words": "words", "empty": "empty", "short": "short"}
 _SAMPLES, _TRACE_ROWS = 3, 10
 
 
@@ -26,9 +26,10 @@ def scores(runs: Sequence[Run]) -> str:
         rows, groups = _systems(runs, file)
         if not rows:
             continue
+        keys = [key for key in COLUMNS if any(key in values for _, values, _ in rows)]
         cells = [(name, *(f"{values[key]:.1f}" if isinstance(values.get(key), float) else str(values.get(key, ""))
-                          for key in _COLUMNS)) for name, values, _ in rows]
-        parts.append(table(f"Scores of {file}", ("system", *_COLUMNS.values()), cells, numbers=True))
+                          for key in keys)) for name, values, _ in rows]
+        parts.append(table(f"Scores of {file}", ("system", *(COLUMNS[key] for key in keys)), cells, numbers=True))
         parts.append(f"<div class=figures>{bars(f'ROUGE of {file}', groups)}</div>")
     return "".join(parts)
 
@@ -42,7 +43,7 @@ def _systems(runs: Sequence[Run], file: str) -> tuple[list[tuple[str, dict, int]
             if name == "model":
                 models.append((run.name if len(runs) > 1 else name, values, place))
             else:
-                baselines.setdefault((name, tuple(values.items())), (name, values, len(runs) + len(baselines)))
+                baselines.setdefault((name, json.dumps(values)), (name, values, len(runs) + len(baselines)))
     rows = models + list(baselines.values())
     return rows, [(f"ROUGE-{key.removeprefix('rouge')}", [(name, values[key], colour) for name, values, colour in rows])
                   for key in ("rouge1", "rouge2", "rougeL")]
