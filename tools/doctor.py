@@ -34,9 +34,11 @@ from typing import NamedTuple
 
 from tools.command import run
 from trainer.errors import ExitCode
+from trainer.parser import Parser
 
 OK, NOTE, FAILS = "ok", "note", "FAILS"
 _REQUIREMENTS = Path(__file__).resolve().parents[1] / "requirements.txt"
+_VENV = _REQUIREMENTS.with_name(".venv")
 _PYTHON = (3, 11)
 _GB = 1e9
 _MUCH_SHARED_MEMORY, _MUCH_DISK = 1 * _GB, 5 * _GB
@@ -58,6 +60,9 @@ def versions(requirements: str) -> Iterator[Finding]:
     good = sys.version_info >= _PYTHON
     yield Finding(OK if good else FAILS, "versions", "python", platform.python_version()
                   + ("" if good else f"; {'.'.join(map(str, _PYTHON))} or newer is needed"))
+    if (_VENV / "bin" / "python").exists() and Path(sys.prefix).resolve() != _VENV.resolve():
+        yield Finding(NOTE, "versions", "environment",
+                      f"{sys.prefix}, not the one that `make setup` made: . .venv/bin/activate")
     for name, wanted in re.findall(r"^([\w.-]+)==([\w.]+)", requirements, flags=re.MULTILINE):
         try:
             found = importlib.metadata.version(name)
@@ -198,7 +203,7 @@ def to_text(findings: list[Finding]) -> str:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true", help="print one JSON object: can_train, and the findings")
     return parser
 

@@ -26,12 +26,13 @@ from tools.scoring.columns import COLUMNS
 from tools.scoring.embeddings import Encoder
 from tools.scoring.systems import TASKS, Scores, score, to_json, to_markdown
 from trainer.errors import DataError
+from trainer.parser import Parser
 
 _FIELDS = ("text", "source", "reference")
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("generations", type=Path, nargs="+", help="JSON lines with text, source and reference")
     parser.add_argument("--task", choices=TASKS, default="text", help="answers: also exact match and F1; labels: also "
                         "accuracy; both without case, punctuation and articles (default: text)")
@@ -49,13 +50,18 @@ def read(path: Path) -> list[dict]:
     records = []
     try:
         lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")  # not at U+2028, which texts may hold
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder: give a file of texts, such as {path}/generations/test.jsonl") from None
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, 1):
         try:
             record = {field: json.loads(line)[field] for field in _FIELDS}
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: needs a JSON object with {', '.join(_FIELDS)} ({error!r})") from error
+        except (json.JSONDecodeError, TypeError):
+            raise DataError(f"{path}:{number}: needs a JSON object with {', '.join(_FIELDS)}") from None
+        except KeyError as error:
+            raise DataError(f"{path}:{number}: has no {error}: needs {', '.join(_FIELDS)}, as tools/generate.py "
+                            "writes them") from None
         if isinstance(record["reference"], str):
             record["reference"] = [record["reference"]]
         if not record["reference"]:

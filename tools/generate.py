@@ -29,10 +29,11 @@ from trainer.data.prepare import PreparedData, prepare
 from trainer.errors import DataError
 from trainer.export import model_folder, read_model
 from trainer.generate import emergence, generate, sampler_settings
+from trainer.parser import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path, help="a finished run's folder, or an exported model's")
     what = parser.add_argument_group("what to generate for")
     what.add_argument("--split", choices=("test", "valid"), default="test", help="of the run's data (default: test)")

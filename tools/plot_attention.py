@@ -30,6 +30,7 @@ from model.config import AttentionConfig, ModelConfig
 from model.errors import ConfigError
 from tools.command import run
 from trainer.config_load import load
+from trainer.parser import Parser
 from trainer.presets import PRESETS, RECIPES
 
 WHITE, GREY, WINDOW, GLOBAL, SOURCE = (255, 255, 255), (150, 150, 150), (31, 78, 140), (240, 150, 40), (165, 205, 235)
@@ -101,7 +102,7 @@ def chosen_config(arguments: argparse.Namespace) -> ModelConfig:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     start = parser.add_argument_group("a run's configuration to start from (default: a small window)")
     start.add_argument("--preset", default="", choices=PRESETS)
     start.add_argument("--recipe", default="", choices=RECIPES)

@@ -20,6 +20,7 @@ from model.errors import ConfigError
 from tools.command import run
 from tools.reporting import facts, texts, training
 from tools.reporting.runs import Run, read_runs
+from trainer.parser import Parser
 
 _SECTIONS = (("Evaluation", training.evaluation), ("A text emerges", texts.emergence), ("Samples", texts.samples),
              ("Scores", texts.scores), ("Losses", training.losses), ("Noise levels", training.noise_levels),
@@ -28,7 +29,7 @@ _STYLE = Path(__file__).with_name("reporting") / "page.css"
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="a run's folder, finished or not")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default for a single run: report.html in its folder")
     return parser

@@ -11,8 +11,10 @@ from typing import NoReturn
 from model.errors import ConfigError
 from trainer.config import RunConfig, describe
 from trainer.config_load import load
+from trainer.data.config import DataConfig
 from trainer.ds_config import DSConfig, load_ds_config
 from trainer.errors import ExitCode
+from trainer.parser import Parser
 from trainer.presets import DEFAULT_PRESET, PRESETS, RECIPES
 
 _EXAMPLES = """\
@@ -27,9 +29,11 @@ examples:
 """
 
 
-class _Parser(argparse.ArgumentParser):
+class _RunParser(Parser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError("command line", f"{message} (--help explains all of it)")
+        option = message.partition("unrecognized arguments: --")[2].partition(" ")[0].partition("=")[0]
+        keys = [key.name for key in describe() if option and option in (key.name, key.name.rpartition(".")[2])]
+        super().error(f"{message}; did you mean --set {keys[0]}=…?" if keys else message)
 
 
 class _HelpConfig(argparse.Action):
@@ -40,13 +44,13 @@ class _HelpConfig(argparse.Action):
             print(f"{key.name}: {key.type} = {key.default!r}")
             if key.doc:
                 print(textwrap.fill(key.doc, 100, initial_indent="    ", subsequent_indent="    "))
-        print("\nThe values are those before any preset and recipe.")
+        print("\nThe values are those before any preset and recipe; --dry_run prints what a run would use.")
         parser.exit(ExitCode.FINISHED)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The parser; it raises ConfigError for a command line that it refuses."""
-    parser = _Parser(prog="trainer/run.py", epilog=_EXAMPLES, allow_abbrev=False,
+    parser = _RunParser(prog="trainer/run.py", epilog=_EXAMPLES, allow_abbrev=False,
                      description="Train a diffusion language model for long documents.",
                      formatter_class=argparse.RawDescriptionHelpFormatter)
 
@@ -73,15 +77,25 @@ def build_parser() -> argparse.ArgumentParser:
                      "fresh optimizer")
     run.add_argument("--dry_run", action="store_true",
                      help="print the resolved configuration, sizes, FLOPs, reach, kernels and memory per rank, then "
-                     "stop; needs no GPU")
+                     "stop; needs no GPU and opens no document. WORLD_SIZE=N before the command: for N ranks")
     run.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # passed by the deepspeed launcher
     return parser
+
+
+def _not_another_corpus(data: DataConfig) -> None:
+    """Evaluation on the bundled documents would say nothing of a model that is trained on others."""
+    bundled = DataConfig()
+    for split in ("valid", "test"):
+        if data.train != bundled.train and getattr(data, split) == getattr(bundled, split):
+            raise ConfigError(f"data.{split}", "still names the bundled documents, but data.train names others: name "
+                              f"yours, or set data.{split}= for none")
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, RunConfig, DSConfig]:
     """The arguments with `run_dir` filled in, and both configurations, checked; ConfigError if they fail."""
     args = build_parser().parse_args(argv)
     config = load(args.preset, args.recipe, args.config, args.overrides)
+    _not_another_corpus(config.data)
     if args.run_dir is None:
         args.run_dir = Path("runs") / f"{config.preset}-{config.recipe}"
     return args, config, load_ds_config(args.ds_config)

@@ -136,6 +136,12 @@ class DSConfig:
             raise ConfigError("zero_optimization.offload_optimizer", "has no use on a CPU, where the state "
                               f"is in host memory already: remove it ({self.path})")
 
+    def notices_on(self, device: str) -> tuple[str, ...]:
+        """What to say aloud about running this on a kind of device."""
+        if device == "cpu" and self.precision == "bf16":
+            return (*self.notices, "bf16 is slow on most CPUs; ds_configs/cpu_zero2.json trains in fp32")
+        return self.notices
+
     def for_engine(self, world: int, device: str) -> dict:
         """A fresh dictionary for `deepspeed.initialize(config=...)` on `world` ranks."""
         self.check_device(device)
@@ -145,6 +151,8 @@ class DSConfig:
 def load_ds_config(path: str | Path) -> DSConfig:
     """Reads and checks a DeepSpeed JSON; every problem is a ConfigError that names the file and the key."""
     path = Path(path)
+    if not path.is_file() and not path.is_absolute() and (SHIPPED.parent / path).is_file():
+        path = SHIPPED.parent / path  # as data is: from the current folder, then from the repository
     if not path.is_file():
         shipped = ", ".join(sorted(f"{SHIPPED.name}/{file.name}" for file in SHIPPED.glob("*.json")))
         raise ConfigError("--ds_config", f"there is no file {path}; shipped: {shipped}")

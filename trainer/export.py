@@ -25,7 +25,9 @@ def write_model(folder: Path, run: RunConfig, state: dict[str, Tensor], vocabula
     temporary = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_file({name: value.contiguous() for name, value in state.items()}, temporary / "model.safetensors")
+    weights = temporary / "model.safetensors"
+    save_file({name: value.contiguous() for name, value in state.items()}, weights)
+    weights.chmod(0o644)  # safetensors lets nobody else read it
     (temporary / "config.json").write_text(json.dumps({"run": to_dict(run), **facts}, indent=1))
     shutil.copyfile(vocabulary, temporary / "vocabulary.model")
     shutil.rmtree(folder, ignore_errors=True)

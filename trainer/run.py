@@ -7,8 +7,14 @@ from pathlib import Path
 _ROOT = str(Path(__file__).resolve().parents[1])
 sys.path = [_ROOT, *(entry for entry in sys.path if Path(entry or ".").resolve() != Path(_ROOT, "trainer"))]
 
+import importlib.util  # noqa: E402
 import os  # noqa: E402
 import traceback  # noqa: E402
+
+if importlib.util.find_spec("torch") is None:
+    print(f"error: {sys.executable} has no torch: activate the environment that `make setup` makes "
+          "(. .venv/bin/activate)", file=sys.stderr)
+    sys.exit(80)
 
 from model.allocator import keep_freed_memory  # noqa: E402
 from trainer import failure, launch  # noqa: E402
@@ -47,7 +53,7 @@ def train(args, run, ds) -> None:
             print(text, flush=True)
 
     ds.check_device(ranks.device.type)
-    for notice in ds.notices:
+    for notice in ds.notices_on(ranks.device.type):
         say(f"{ds.path}: {notice}")
     kernels = chosen_kernels(run.model, ranks.device, DTYPES[ds.precision])
     for part, choice in kernels.items():

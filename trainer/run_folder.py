@@ -108,7 +108,7 @@ class RunFolder:
                 return
             except BlockingIOError:
                 if second == 0:
-                    say(f"waiting for another process that still uses {self.path}")
+                    say(f"waiting up to {_LOCK_SECONDS} s for another process that still uses {self.path}")
                 time.sleep(1)
         raise ConfigError("--run_dir", f"{self.path} is in use by another process: wait for it, end it or "
                           "choose another --run_dir")

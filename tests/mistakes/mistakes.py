@@ -47,6 +47,8 @@ class Mistake:
     resumes: bool = False
     held: bool = False
     """Another process has the folder `run` open."""
+    port_taken: bool = False
+    """Another process listens on the first rank's port."""
     saved_by: int = 0
     """Ranks of the run in the folder `run`; 0: as many as now."""
     ranks: tuple[int, ...] = (1,)
@@ -80,10 +82,14 @@ MISTAKES = [
     # ---- command line
     Mistake("Command line", "no DeepSpeed JSON", "command line: the following arguments are required: --ds_config "
             "(--help explains all of it)", alone=True, ranks=BOTH),
-    Mistake("Command line", "an option that does not exist", "command line: unrecognized arguments: --lr 1 (…",
-            arguments=("--lr", "1")),
+    Mistake("Command line", "an option that does not exist", "command line: unrecognized arguments: --rate 1 (…",
+            arguments=("--rate", "1")),
     Mistake("Command line", "a preset that does not exist", "command line: argument --preset: invalid choice: 'huge' "
             "(choose from …tiny…base…", arguments=("--preset", "huge"), ranks=BOTH),
+    Mistake("Command line", "a key of the run configuration as an option", "command line: unrecognized arguments: "
+            "--steps 60; did you mean --set train.steps=…? (--help explains all of it)", arguments=("--steps", "60")),
+    Mistake("Command line", "a port that another run uses", "port … is taken, probably by another run on this machine: "
+            "give the launcher another --master_port (torchrun: --master-port), or set MASTER_PORT", port_taken=True),
     Mistake("Command line", "a value without a key", "--set: must look like train.steps=100, not 'train.steps'",
             set=("train.steps",)),
     Mistake("Command line", "preset by --set", "--set: cannot choose the preset: use --preset", set=("preset=base",)),
@@ -200,6 +206,9 @@ MISTAKES = [
     # ---- data
     Mistake("Data", "a file that is missing", "data.train: none.jsonl: no such file or folder", 81,
             set=("data.train=none.jsonl",), ranks=BOTH),
+    Mistake("Data", "documents of one's own beside the bundled ones", "data.valid: still names the bundled documents, "
+            "but data.train names others: name yours, or set data.valid= for none",
+            set=("data.valid=data/proposals/valid.jsonl.gz",)),
     Mistake("Data", "a file in a list that is missing", "data.train: none.jsonl: no such file or folder", 81,
             set=('data.train=["train.jsonl", "none.jsonl"]',)),
     Mistake("Data", "a folder without documents", "data.train: empty has no files (.jsonl, .json, .jsonl.gz, .json.gz, "
