@@ -8,6 +8,7 @@ RUN ?= runs/tiny
 PROCESSES ?= 2
 LIMIT ?= 60
 VENV := .venv
+TORCH := $(if $(shell command -v nvidia-smi || command -v sbatch),default,cpu)
 BIN := $(VENV)/bin
 
 .PHONY: train test lint bench-attention bench-moe setup clean
@@ -36,6 +37,11 @@ clean:
 $(VENV)/.requirements: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@if [ $(TORCH) = cpu ]; then \
+		echo "no nvidia-smi and no sbatch here: taking PyTorch's CPU build (make TORCH=default: the one with CUDA)"; \
+		$(BIN)/python -m pip install --quiet --disable-pip-version-check --timeout 10 --retries 1 \
+			--index-url https://download.pytorch.org/whl/cpu $$(grep -o '^torch==[0-9.]*' requirements.txt) \
+			|| echo "its index cannot be reached: taking the default build, 4 GB larger"; fi
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
