@@ -73,6 +73,9 @@ class TrainConfig:
     """On a GPU, use only kernels that give the same bits every time, at some cost. A CPU always does."""
     activation_checkpointing: bool = False
     """Compute each layer again in the backward pass instead of keeping its inner activations."""
+    expert_parallel_size: int = 1
+    """Ranks that hold the experts of every layer among them, each an equal part, and send each other their tokens.
+    Divides `model.moe.experts` and the number of ranks. 1: every rank holds all experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,7 +137,7 @@ class RunConfig:
              "data.draws_per_source", f"is {self.data.draws_per_source}, but in joint conditioning a source "
              "has one noised copy: set it to 1, or model.diffusion.conditioning to cached")
         positive = {"optim.lr": o.lr, "optim.eps": o.eps, "train.steps": t.steps,
-                    "train.log_every": t.log_every,
+                    "train.log_every": t.log_every, "train.expert_parallel_size": t.expert_parallel_size,
                     "sample.steps": s.steps,
                     "sample.temperature": s.temperature, "eval.documents": self.eval.documents,
                     "eval.noise_levels": self.eval.noise_levels, "sample.documents": s.documents}

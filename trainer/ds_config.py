@@ -75,7 +75,7 @@ FORBIDDEN = {
     "optimizer": "belongs to the run configuration: set optim.lr, optim.weight_decay there",
     "scheduler": "belongs to the run configuration: set optim.schedule and optim.warmup_steps there",
     "activation_checkpointing": "belongs to the run configuration: set train.activation_checkpointing there",
-    "expert_parallel": "is not supported: every rank holds all experts. Remove it",
+    "expert_parallel": "belongs to the run configuration: set train.expert_parallel_size there",
     "moe": "belongs to the run configuration: set model.moe there",
     "checkpoint": "belongs to the trainer, which writes and converts checkpoints itself. Remove it",
     "steps_per_print": "belongs to the run configuration: set train.log_every there",

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor
 
 from model.diffusion_lm import DiffusionLM, LossReport
+from model.moe.parallel import whole_state
 from trainer.config import OptimConfig, RunConfig
 from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError
@@ -63,6 +65,8 @@ class Engine:
         others = [p for name, p in model.named_parameters() if p.dim() < 2 or name == "embedding"]
         groups = [{"params": matrices, "weight_decay": optim.weight_decay, "name": "decay"},
                   {"params": others, "weight_decay": 0.0, "name": "no_decay"}]
+        # Sharded experts go into groups of their own, which ZeRO partitions over the ranks that hold them.
+        groups = [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
         settings = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
         if ds.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -116,12 +120,13 @@ class Engine:
                 self._publish(self._masters())
 
     def full_state(self) -> dict[str, Tensor]:
-        """All averaged weights of the model, whole, on every rank's CPU; to be called inside `averaged_weights`,
-        which has gathered the model's own parameters."""
+        """All averaged weights of the model, whole and with all experts, on every rank's CPU; to be called inside
+        `averaged_weights`, which has gathered the model's own parameters."""
         own = {id(parameter) for parameter in self._own}
         rest = [parameter for parameter in self.model.parameters() if id(parameter) not in own]
         with deepspeed.zero.GatheredParameters(rest, enabled=self.zero_stage == 3):
-            return {name: value.detach().cpu().clone() for name, value in self.model.state_dict().items()}
+            state = whole_state(self.model, self.model.state_dict())
+            return {name: value.detach().cpu().clone() for name, value in state.items()}
 
     def _masters(self) -> list[Tensor]:
         """This rank's flat fp32 partitions, one a parameter group (stage 1, 2) or sub-group (stage 3)."""

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from model.diffusion_lm import DiffusionLM
+from model.moe.parallel import part_of_state
 from trainer.config import RunConfig, to_dict
 from trainer.config_load import from_dict
 from trainer.data.vocabulary import Vocabulary
@@ -53,10 +54,10 @@ def read_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Diffus
 
 
 def load_weights(model: DiffusionLM, folder: Path) -> None:
-    """Copies a folder's weights into a model; every name and shape must match."""
+    """Copies a folder's weights into a model, of sharded experts its own part; every name and shape must match."""
     path = folder / "model.safetensors"
     try:
-        model.load_state_dict(load_file(path))
+        model.load_state_dict(part_of_state(model, load_file(path)))
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     except RuntimeError as error:

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from model.diffusion_lm import DiffusionLM
 from model.flops import training_flops
+from model.moe.parallel import ExpertGroup
 from trainer import checkpoint
 from trainer.config import RunConfig
 from trainer.data.evaluation import evaluation_samples
@@ -21,8 +22,9 @@ from trainer.data.loader import PackedLoader, StepInfo
 from trainer.data.prepare import prepare
 from trainer.ds_config import DSConfig
 from trainer.engine import Engine
-from trainer.errors import CheckpointError, NumericalError
+from trainer.errors import NumericalError
 from trainer.evaluate import evaluate, summary, table
+from trainer.expert_parallel import shard_experts
 from trainer.export import load_weights, model_folder, write_model
 from trainer.generate import generate, sampler_settings
 from trainer.hardware import peak_flops
@@ -31,6 +33,7 @@ from trainer.metrics import MetricsLog, StepMetrics
 from trainer.randomness import training_draw
 from trainer.run_folder import RunFolder
 from trainer.signals import StopRequest
+from trainer.topology import check_same, topology
 
 
 class TrainingRun:
@@ -53,6 +56,10 @@ class TrainingRun:
                                    rank=ranks.rank, world=ranks.world, seed=run.train.seed,
                                    lookahead=run.data.lookahead, prefetch=run.data.prefetch)
         model = DiffusionLM(run.model)
+        shards = run.train.expert_parallel_size
+        self.expert_group = ExpertGroup(shards, ranks.rank % shards)
+        if shards > 1:
+            shard_experts(model, self.expert_group)
         model.init_weights(run.train.seed)
         model.prior_count_V.copy_(torch.from_numpy(samples.canvas_counts()))
         if folder.init_from is not None:
@@ -62,7 +69,7 @@ class TrainingRun:
         self.step = self.resumed_at = self._resume()
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
         self.metrics = StepMetrics(self.model.schedule, run.model.layers, run.model.moe.experts, ranks.device,
-                                   peak_flops(ranks.device, self.engine.dtype))
+                                   peak_flops(ranks.device, self.engine.dtype), self.expert_group)
 
     def train(self) -> bool:
         """Trains to the last step or until asked to stop. Returns whether the run is finished."""
@@ -104,9 +111,11 @@ class TrainingRun:
             plan = model.prepare(batch, device=device, dtype=self.engine.dtype).to(device)
             draw = training_draw(batch, self.run.model, seed, self.step).to(device)
             batch = batch.to(device)
+            sent = self.expert_group.sent_bytes
             report = self.engine.forward_backward(batch, plan, draw, info.loss_tokens, info.tokens)
             self._check_finite(report.total)
-            self.metrics.add(report, batch, training_flops(self.run.model, plan, batch.sample_C.numel()))
+            self.metrics.add(report, batch, training_flops(self.run.model, plan, batch.sample_C.numel()),
+                             self.expert_group.sent_bytes - sent)
             self.engine.accumulate(last=index == len(micro_batches) - 1)
         rate = self.engine.update(self.step)
         self.metrics.count(info.loss_tokens, info.tokens)
@@ -168,8 +177,7 @@ class TrainingRun:
             self.say(f"step {self.step}: sample: {records[0]['text'][:300]!r}")
 
     def save(self) -> None:
-        facts = {"topology": {"world": self.ranks.world, "zero_stage": self.ds.zero_stage,
-                              "rows_per_step": self.ds.rows_per_step(self.ranks.world)}}
+        facts = {"topology": topology(self.run, self.ds, self.ranks.world)}
         started = time.perf_counter()
         path = checkpoint.save(self.folder.path, self.step, facts, self.engine.save, self.ranks,
                                self.run.train.keep_last, self.run.train.keep_every)
@@ -181,13 +189,7 @@ class TrainingRun:
         if found is None:
             return 0
         path, manifest = found
-        here = {"world": self.ranks.world, "zero_stage": self.ds.zero_stage,
-                "rows_per_step": self.ds.rows_per_step(self.ranks.world)}
-        for name, value in here.items():
-            saved = manifest["topology"][name]
-            if saved != value:
-                raise CheckpointError(f"{path} was saved with {name} = {saved}, this run has {value}: start it as it "
-                                      "was saved, or begin a new run from the exported model with --init_from")
+        check_same(path, manifest["topology"], topology(self.run, self.ds, self.ranks.world))
         self.engine.load(path)
         self.say(f"resumed from {path}")
         return manifest["step"]

@@ -17,6 +17,7 @@ from tensorboardX.summary import scalar
 from model.batch import PackedBatch
 from model.diffusion.schedule import NoiseSchedule
 from model.diffusion_lm import LossReport
+from model.moe.parallel import ExpertGroup
 
 NOISE_BINS = POSITION_BINS = 10
 PER_TRAINED_TOKEN = ("cross_entropy", "mse", "rounding")
@@ -29,9 +30,9 @@ class StepMetrics:
     """
 
     def __init__(self, schedule: NoiseSchedule, layers: int, experts: int, device: torch.device,
-                 peak_flops: float | None):
+                 peak_flops: float | None, expert_group: ExpertGroup):
         self.schedule, self.layers, self.experts, self.device = schedule, layers, experts, device
-        self.peak_flops = peak_flops
+        self.peak_flops, self.expert_group = peak_flops, expert_group
         self._reset()
 
     def _reset(self) -> None:
@@ -39,13 +40,16 @@ class StepMetrics:
         self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
         self.position_counts_LPE = torch.zeros(self.layers, POSITION_BINS, self.experts, device=self.device)
         self.router_entropy = torch.zeros((), device=self.device)
+        self.rows_sent = torch.zeros(2, dtype=torch.int64, device=self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.trained_tokens = self.tokens = self.steps = self.flops = 0
+        self.trained_tokens = self.tokens = self.steps = self.flops = self.sent_bytes = 0
         self.began, self.elsewhere = time.perf_counter(), 0.0
 
-    def add(self, report: LossReport, batch: PackedBatch, flops: int) -> None:
-        """One micro-batch of this rank, on the device, and what it cost (`model/flops.py`)."""
+    def add(self, report: LossReport, batch: PackedBatch, flops: int, sent_bytes: int) -> None:
+        """One micro-batch of this rank, on the device, and what it cost: `model/flops.py`, and what was sent to
+        other ranks' experts."""
         self.flops += flops
+        self.sent_bytes += sent_bytes
         self.loss += report.total.detach()
         for name, value in report.terms.items():
             self.terms[name] = self.terms.get(name, 0) + value
@@ -59,6 +63,8 @@ class StepMetrics:
             self.position_counts_LPE[layer] += torch.bincount(
                 places, minlength=POSITION_BINS * self.experts).view(POSITION_BINS, self.experts)
             self.router_entropy += aux.entropy_sum / self.layers
+            if self.expert_group.size > 1:
+                self.rows_sent += rows_to_other_ranks(aux.expert_index_Tk, self.experts, self.expert_group)
 
     def count(self, trained_tokens: int, tokens: int) -> None:
         """The global batch of one step."""
@@ -79,11 +85,12 @@ class StepMetrics:
         parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
                  self.position_counts_LPE.flatten(),
                  torch.stack([self.router_entropy, self.loss]),
-                 torch.tensor([self.flops / 1e12], device=self.device)]
+                 self.rows_sent.float(),
+                 torch.tensor([self.flops / 1e12, self.sent_bytes / 1e6], device=self.device)]
         flat = torch.cat(parts)
         torch.distributed.all_reduce(flat)
         sizes = [part.numel() for part in parts]
-        terms, noise, by_position, (entropy, loss), (teraflops,) = flat.cpu().split(sizes)
+        terms, noise, by_position, (entropy, loss), rows_sent, (teraflops, sent_mb) = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
         line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
                 for name, value in zip(names, terms, strict=True)}
@@ -105,11 +112,25 @@ class StepMetrics:
             "tflops_per_s": float(teraflops) / seconds,
             "memory_gb": peak_memory_gb(self.device),
         }
+        ranks = torch.distributed.get_world_size()
         if self.peak_flops is not None:
-            ranks = torch.distributed.get_world_size()
             line["mfu"] = 1e12 * line["tflops_per_s"] / (ranks * self.peak_flops)
+        if self.expert_group.size > 1:
+            line["expert_traffic_mb"] = float(sent_mb) / (ranks * self.steps)
+            needed, sent = rows_sent.tolist()
+            line["expert_traffic_minimum_mb"] = line["expert_traffic_mb"] * needed / max(1.0, sent)
         self._reset()
         return line
+
+
+def rows_to_other_ranks(expert_index_Tk: torch.Tensor, experts: int, group: ExpertGroup) -> torch.Tensor:
+    """int64 [2]: how many rows of tokens must go to other ranks at least, where a token with several experts on one
+    rank is sent there once; and how many do, once for each expert."""
+    holder_Tk = expert_index_Tk // (experts // group.size)
+    visits_TS = torch.zeros(len(holder_Tk), group.size, dtype=torch.int64, device=holder_Tk.device)
+    visits_TS.scatter_add_(1, holder_Tk, torch.ones_like(holder_Tk))
+    visits_TS[:, group.rank] = 0
+    return torch.stack((visits_TS.count_nonzero(), visits_TS.sum()))
 
 
 def document_tenths(batch: PackedBatch) -> torch.Tensor:

@@ -20,6 +20,7 @@ from model.allocator import keep_freed_memory  # noqa: E402
 from trainer import failure, launch  # noqa: E402
 from trainer.command_line import parse  # noqa: E402
 from trainer.errors import ExitCode, exit_code_of, line_of  # noqa: E402
+from trainer.topology import check_topology  # noqa: E402
 
 
 def main() -> None:
@@ -27,6 +28,7 @@ def main() -> None:
     launch.map_environment()
     try:
         args, run, ds = parse()
+        check_topology(run, ds, world=int(os.environ["WORLD_SIZE"]))
         if args.dry_run:
             from trainer.dry_run import describe_run
             print(describe_run(run, ds, world=int(os.environ["WORLD_SIZE"])))

@@ -31,7 +31,8 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 _LOCK_SECONDS = 60
 _FREE_TO_CHANGE = ("eval.", "sample.", "data.valid", "data.test", "data.cache_dir", "data.prefetch", "train.steps",
                    "train.log_every", "train.eval_every", "train.sample_every", "train.save_every", "train.keep_",
-                   "train.max_minutes", "train.activation_checkpointing", "train.deterministic")
+                   "train.max_minutes", "train.activation_checkpointing", "train.deterministic",
+                   "train.expert_parallel_size")
 """Keys (by their beginning) that a resumed run may change: they do not alter what a step computes. The number of
 steps stretches the learning rate's schedule, and is said aloud."""
 

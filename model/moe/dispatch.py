@@ -36,6 +36,12 @@ def scatter_to_experts(x_TD: Tensor, order: Order) -> Tensor:
     return _Scatter.apply(x_TD, order)
 
 
+def restore_order(y_ND: Tensor, order: Order) -> Tensor:
+    """Undoes `scatter_to_experts` where each token has one expert (k = 1)."""
+    place_N = order.place_Tk[:, 0]
+    return _Scatter.apply(y_ND, Order(place_N, place_N, order.assignment_N[:, None]))
+
+
 def gather_from_experts(y_ND: Tensor, weight_Tk: Tensor, order: Order) -> Tensor:
     """[T, D], every token's sum of its experts' outputs times weight_Tk."""
     return _Gather.apply(y_ND, weight_Tk, order)
