@@ -1,7 +1,9 @@
-"""Prints how long each area of the tests took."""
+"""Prints how long each area of the tests took; makes shared fixtures known."""
 
 from collections import defaultdict
 from pathlib import Path
+
+from tests.trainer.forked import launcher  # noqa: F401
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -46,13 +46,26 @@ def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
         "log-SNR": "{:.2f} to {:.2f}".format(*model.log_snr_range()) if model.diffusion.schedule == "log_snr"
                    else f"schedule {model.diffusion.schedule}",
         **chosen_kernels(model, device, dtype),
+        **_expert_parallelism(run, ds, dtype),
     }
-    memory = memory_per_rank(run, ds, world, total)
+    memory = memory_per_rank(run, ds, world, total, experts)
     lines = [f"{name + ':':<14} {value}" for name, value in facts.items()]
     table = ["", f"memory of a rank of {world} (estimated; activations for a micro-batch of full rows)",
              *(f"  {name:<24} {size / 2**30:9.3f} GiB" for name, size in memory.items()),
              f"  {'in all':<24} {sum(memory.values()) / 2**30:9.3f} GiB"]
     return "\n".join([to_toml(run), *(f"{ds.path}: {notice}" for notice in ds.notices), *lines, *table])
+
+
+def _expert_parallelism(run: RunConfig, ds: DSConfig, dtype: torch.dtype) -> dict[str, str]:
+    model, size = run.model, run.train.expert_parallel_size
+    if size == 1:
+        return {}
+    rows = ds.micro_batch * ds.accumulation * run.data.row_tokens * model.moe.top_k * (size - 1) / size
+    # There and back, forward and backward; activation checkpointing goes forward twice.
+    ways = 6 if run.train.activation_checkpointing else 4
+    sent = model.layers * rows * ways * model.width * dtype.itemsize
+    return {"expert groups": f"{size} ranks hold {model.moe.experts // size} experts of each layer each; with evenly "
+                             f"used experts a rank sends {sent / 1e6:,.1f} MB a step"}
 
 
 def longest_document(run: RunConfig) -> PackedBatch:

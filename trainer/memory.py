@@ -9,16 +9,22 @@ from trainer.ds_config import DSConfig
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def memory_per_rank(run: RunConfig, ds: DSConfig, world: int, parameters: int) -> dict[str, float]:
-    """Part -> bytes on the device of each of `world` ranks; with CPU offload the optimizer's parts are the host's."""
+def memory_per_rank(run: RunConfig, ds: DSConfig, world: int, parameters: int, experts: int) -> dict[str, float]:
+    """Part -> bytes on the device of each of `world` ranks; with CPU offload the optimizer's parts are the host's.
+
+    experts: how many of the `parameters` are routed experts'. Of those a rank holds its share only, and ZeRO
+    partitions that over the ranks with the same share: the partitions are as large as without expert parallelism.
+    Activations are those of evenly used experts.
+    """
     size = _BYTES[ds.precision]
     shard = parameters / world
+    held = parameters - experts + experts / run.train.expert_parallel_size
     where = " (host)" if ds.offload_optimizer else ""
     tokens = ds.micro_batch * run.data.row_tokens
     targets = tokens * target_share(run)
     return {
-        "parameters": size * (shard if ds.zero_stage == 3 else parameters),
-        "gradients": size * (parameters if ds.zero_stage == 1 else shard),
+        "parameters": size * (shard if ds.zero_stage == 3 else held),
+        "gradients": size * (held if ds.zero_stage == 1 else shard),
         f"fp32 copy{where}": 4 * shard,
         f"Adam moments{where}": 8 * shard,
         f"averaged weights{where}": 4 * shard if run.optim.ema_decay > 0 else 0,

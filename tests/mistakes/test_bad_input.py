@@ -3,52 +3,23 @@
 import contextlib
 import fcntl
 import json
-import multiprocessing
-import os
 import re
 import shutil
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.mistakes.mistakes import ALL_RANKS, DS_CONFIG, MISTAKES, Mistake, page
+from tests.trainer.forked import free_port, launch
 from tests.trainer.launching import ROOT, write_corpus
 from trainer.errors import ExitCode
 
 SECONDS = 15
 """No start of these small runs takes longer; a rank that does, hangs."""
-
-
-def run_rank(command: list[str], folder: Path, rank: int, world: int, port: int) -> None:
-    """One rank of trainer/run.py, in a process of its own that has the program's modules loaded already."""
-    os.chdir(folder)
-    output = os.open(folder / f"rank{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    sys.argv = ["trainer/run.py", *command]
-    from trainer import run, run_folder
-    run_folder._LOCK_SECONDS = 1  # to wait for a folder in use
-    run.main()
-
-
-@pytest.fixture(scope="module")
-def launcher():
-    """Starts processes in a fraction of the time that a fresh interpreter takes to import PyTorch and DeepSpeed."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}.items():
-            patch.setenv(name, value)
-        context = multiprocessing.get_context("forkserver")
-        # DeepSpeed loads PyTorch's compiler for Muon, whatever optimizer it is given.
-        context.set_forkserver_preload(["trainer.loop", "datasets", "deepspeed.runtime.zero.muon.muon_optimizer",
-                                        __name__])
-        yield context
 
 
 @pytest.fixture(scope="module")
@@ -59,30 +30,9 @@ def workplaces(tmp_path_factory, launcher):
         folders[world] = folder = tmp_path_factory.mktemp(f"mistakes{world}")
         write_corpus(folder)
         (folder / "ds.json").write_text(json.dumps(DS_CONFIG))
-        codes, outputs = launch(launcher, folder, Mistake("", "", ""), world, free_port())
+        codes, outputs = launch(launcher, folder, Mistake("", "", "").command(), world, SECONDS)
         assert codes == [0] * world, outputs
     return folders
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def launch(launcher, folder: Path, mistake: Mistake, world: int, port: int) -> tuple[list[int], list[str]]:
-    """(exit codes, outputs) of all ranks; None is the exit code of a rank that did not end."""
-    ranks = [launcher.Process(target=run_rank, args=(mistake.command(), folder, rank, world, port))
-             for rank in range(world)]
-    for process in ranks:
-        process.start()
-    deadline = time.monotonic() + SECONDS
-    for process in ranks:
-        process.join(max(0.0, deadline - time.monotonic()))
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    return codes, [(folder / f"rank{rank}.txt").read_text() for rank in range(world)]
 
 
 @contextlib.contextmanager
@@ -135,7 +85,7 @@ def test_mistake_gets_one_line_and_its_exit_code(workplaces, launcher, tmp_path,
         port = free_port()
         if mistake.port_taken:
             stack.enter_context(socket.create_server(("127.0.0.1", port)))
-        codes, outputs = launch(launcher, folder, mistake, world, port)
+        codes, outputs = launch(launcher, folder, mistake.command(), world, SECONDS, port=port)
     printed = "\n".join(outputs)
     assert codes == [mistake.code] * world, printed
     assert "Traceback" not in printed
