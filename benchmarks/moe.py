@@ -1,4 +1,5 @@
-"""Mixture of experts against a dense gated feed-forward of the same active FLOPs, forward and backward.
+"""Mixture of experts against a dense gated feed-forward of the same active FLOPs, forward and backward; then what
+ranks that share the experts among them send each other.
 
     python benchmarks/moe.py [--backend cpu] [--repeats 7]
 
@@ -6,6 +7,9 @@ On one CPU thread, fp32, in one process, the contenders taking turns so that the
 them. The layer's time includes router, sorting, gathering, and both auxiliary losses. Prints medians of CPU
 time, and the layer's speed as a fraction of the dense one's. The allocator is told to keep freed memory, as
 the trainer tells it: otherwise both sides mostly measure page faults.
+
+What is sent is counted in real exchanges between processes of this machine, for one layer, forward and backward, a
+mean over ranks; the least would be sent if a token with several experts on one rank went there once.
 """
 
 from __future__ import annotations
@@ -13,6 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,12 +31,17 @@ from model.allocator import keep_freed_memory
 from model.config import MoEConfig
 from model.moe.backends import choose_backend
 from model.moe.layer import MoELayer
+from model.moe.parallel import ExpertGroup, ShardedExperts, rows_to_other_ranks
 
 CASES = [  # tokens, width, ffn, top-k, experts
     (4096, 512, 1024, 2, (8, 32)),
     (4096, 512, 1024, 1, (8, 32)),
     (1500, 192, 256, 2, (4, 8)),
     (1500, 192, 384, 2, (4, 8)),
+]
+EXCHANGES = [  # tokens of a rank, width, ffn, top-k, experts, ranks
+    (1024, 256, 256, 2, 8, 2),
+    (1024, 256, 256, 2, 8, 4),
 ]
 
 
@@ -55,6 +65,29 @@ def moe_step(tokens: int, width: int, config: MoEConfig) -> Callable[[], object]
         y, aux = layer(x, row, 4)
         return torch.autograd.grad([y, aux.balance_sum, aux.z_sum], [x, *layer.parameters()], grads)
     return step
+
+
+def exchange(rank: int, tokens: int, width: int, ffn: int, top_k: int, experts: int, ranks: int, folder: str) -> None:
+    """One rank of one layer with its experts divided; the first prints what was sent."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    group = ExpertGroup(ranks, rank)
+    group.process_group = torch.distributed.group.WORLD
+    layer = MoELayer(width, MoEConfig(experts=experts, top_k=top_k, ffn=ffn))
+    layer.experts = ShardedExperts(experts, width, ffn, group)
+    layer.init_weights(seed=0, layer_index=0)
+    torch.manual_seed(rank)
+    x = torch.randn(tokens, width, requires_grad=True)
+    y, aux = layer(x, torch.zeros(tokens, dtype=torch.int64), 1)
+    torch.autograd.grad(y.sum(), [x, *layer.parameters()])
+    least, sent = rows_to_other_ranks(aux.expert_index_Tk, experts, group).tolist()
+    total = torch.tensor([group.sent_bytes, group.sent_bytes * least / sent]) / ranks / 1e6
+    torch.distributed.all_reduce(total)
+    if rank == 0:
+        print(f"{tokens:6} {width:5} {ffn:4} {top_k} {experts:7} {ranks:5} {total[0]:9.2f} {total[1]:9.2f}  "
+              f"{total[0] / total[1]:.2f}")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 def medians(steps: list[Callable[[], object]], repeats: int) -> list[float]:
@@ -87,6 +120,10 @@ def main() -> None:
         for config, own in zip(configs, ours, strict=True):
             print(f"{tokens:6} {width:5} {ffn:4} {top_k} {config.experts:7} {backend:10} {dense:9.1f} {own:8.1f}  "
                   f"{dense / own:.2f}")
+    print("\ntokens width  ffn k experts ranks   sent MB  least MB  sent/least")
+    for case in EXCHANGES:
+        with tempfile.TemporaryDirectory() as folder:
+            torch.multiprocessing.spawn(exchange, (*case, folder), nprocs=case[-1])
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ def _expert_parallelism(run: RunConfig, ds: DSConfig, dtype: torch.dtype) -> dic
     rows = ds.micro_batch * ds.accumulation * run.data.row_tokens * model.moe.top_k * (size - 1) / size
     # There and back, forward and backward; activation checkpointing goes forward twice.
     ways = 6 if run.train.activation_checkpointing else 4
+    if model.diffusion.self_conditioning > 0:  # the first estimate, forward only
+        ways += 2
     sent = model.layers * rows * ways * model.width * dtype.itemsize
     return {"expert groups": f"{size} ranks hold {model.moe.experts // size} experts of each layer each; with evenly "
                              f"used experts a rank sends {sent / 1e6:,.1f} MB a step"}

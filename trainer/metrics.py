@@ -17,7 +17,7 @@ from tensorboardX.summary import scalar
 from model.batch import PackedBatch
 from model.diffusion.schedule import NoiseSchedule
 from model.diffusion_lm import LossReport
-from model.moe.parallel import ExpertGroup
+from model.moe.parallel import ExpertGroup, rows_to_other_ranks
 
 NOISE_BINS = POSITION_BINS = 10
 PER_TRAINED_TOKEN = ("cross_entropy", "mse", "rounding")
@@ -121,16 +121,6 @@ class StepMetrics:
             line["expert_traffic_minimum_mb"] = line["expert_traffic_mb"] * needed / max(1.0, sent)
         self._reset()
         return line
-
-
-def rows_to_other_ranks(expert_index_Tk: torch.Tensor, experts: int, group: ExpertGroup) -> torch.Tensor:
-    """int64 [2]: how many rows of tokens must go to other ranks at least, where a token with several experts on one
-    rank is sent there once; and how many do, once for each expert."""
-    holder_Tk = expert_index_Tk // (experts // group.size)
-    visits_TS = torch.zeros(len(holder_Tk), group.size, dtype=torch.int64, device=holder_Tk.device)
-    visits_TS.scatter_add_(1, holder_Tk, torch.ones_like(holder_Tk))
-    visits_TS[:, group.rank] = 0
-    return torch.stack((visits_TS.count_nonzero(), visits_TS.sum()))
 
 
 def document_tenths(batch: PackedBatch) -> torch.Tensor:

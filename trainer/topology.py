@@ -49,8 +49,8 @@ def check_same(path: Path, saved: dict[str, int], here: dict[str, int]) -> None:
         return
     was, now = (", ".join(f"{name} = {values[name]}" for name in changed) for values in (saved, here))
     if saved["rows_per_step"] != here["rows_per_step"]:
-        remedy = (f"choose micro-batch and accumulation so that a step has {saved['rows_per_step']} rows again, or "
-                  "begin a new run from the exported model with --init_from")
+        remedy = ("choose micro-batch and accumulation so that rows_per_step, their product with the ranks, is "
+                  f"{saved['rows_per_step']} again, or begin a new run from the exported model with --init_from")
     else:
         remedy = f"start it as it was saved, or convert it: {RESHARD.format(source=path, **here)}"
     raise CheckpointError(f"{path} was saved with {was}, this run has {now}: {remedy}")

@@ -89,6 +89,16 @@ class _Exchange(torch.autograd.Function):
         return ctx.group.all_to_all(grad_MD, ctx.receive, ctx.send), None, None, None
 
 
+def rows_to_other_ranks(expert_index_Tk: Tensor, experts: int, group: ExpertGroup) -> Tensor:
+    """int64 [2]: how many rows of tokens must go to other ranks at least, were a token with several experts on one
+    rank sent there once; and how many go, once for each expert."""
+    holder_Tk = expert_index_Tk // (experts // group.size)
+    visits_TS = torch.zeros(len(holder_Tk), group.size, dtype=torch.int64, device=holder_Tk.device)
+    visits_TS.scatter_add_(1, holder_Tk, torch.ones_like(holder_Tk))
+    visits_TS[:, group.rank] = 0
+    return torch.stack((visits_TS.count_nonzero(), visits_TS.sum()))
+
+
 def part_of_state(model: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """A whole model's state with its experts cut down to those that `model` holds."""
     return state | {name: experts.part(state[name]) for name, experts in _sharded(model) if name in state}

@@ -150,6 +150,9 @@ MISTAKES = [
     Mistake("Run configuration", "a range of noise that the schedule ignores", "model.diffusion.log_snr_range: only "
             "applies to schedule = log_snr, not sqrt",
             set=("model.diffusion.schedule=sqrt", "model.diffusion.log_snr_range=[-6, 0]")),
+    Mistake("Run configuration", "expert shards that do not divide experts and ranks", "train.expert_parallel_size: is "
+            "3, but must divide model.moe.experts = 4 and the number of ranks, …: use …",
+            set=("train.expert_parallel_size=3",)),
     # ---- DeepSpeed JSON
     Mistake("DeepSpeed JSON", "no such file", "--ds_config: there is no file none.json; shipped: ds_configs/…",
             arguments=("--ds_config", "none.json"), ranks=BOTH),
@@ -259,11 +262,14 @@ MISTAKES = [
     Mistake("Run folder", "a new start where there are checkpoints", "--resume: is none, but …/run holds checkpoints: "
             "choose another --run_dir, or auto to continue", arguments=("--resume", "none"), resumes=True),
     # ---- checkpoints
-    Mistake("Checkpoints", "another ZeRO stage", "…/step-00000002 was saved with zero_stage = 2, this run has 1: start "
-            "it as it was saved, or begin a new run from the exported model with --init_from", 84,
+    Mistake("Checkpoints", "another ZeRO stage", "…/step-00000002 was saved with zero_stage = 2, this run has "
+            "zero_stage = 1: start it as it was saved, or convert it: python …convert_checkpoint.py reshard "
+            "…/step-00000002 TO --world … --expert_parallel_size 1 --zero_stage 1", 84,
             ds={"zero_optimization": {"stage": 1}}, resumes=True),
-    Mistake("Checkpoints", "another number of ranks", "…/step-00000002 was saved with world = 1, this run has 2: start "
-            "it as it was saved, or begin a new run from the exported model with --init_from", 84, resumes=True,
+    Mistake("Checkpoints", "another number of ranks, and of rows in a step", "…/step-00000002 was saved with world = 1, "
+            "rows_per_step = 1, this run has world = 2, rows_per_step = 2: choose micro-batch and accumulation so that "
+            "rows_per_step, their product with the ranks, is 1 again, or begin a new run from the exported model with "
+            "--init_from", 84, resumes=True,
             saved_by=1, ranks=(2,)),
     Mistake("Checkpoints", "a checkpoint that is not there", "…/none has no readable manifest.json (…): it was never "
             "completed", 84, arguments=("--resume", "none/none")),

@@ -28,7 +28,13 @@ def launch(launcher, folder: Path, command: list[str], world: int, seconds: floa
     """(exit codes, outputs) of all ranks of `trainer/run.py command` in `folder`; None is the exit code of a rank
     that did not end within `seconds`. port: the first rank's; a free one if 0."""
     port = port or free_port()
-    ranks = [launcher.Process(target=run_rank, args=(command, folder, rank, world, port)) for rank in range(world)]
+    codes = join([launcher.Process(target=run_rank, args=(command, folder, rank, world, port))
+                  for rank in range(world)], seconds)
+    return codes, [(folder / f"rank{rank}.txt").read_text() for rank in range(world)]
+
+
+def join(ranks: list[multiprocessing.Process], seconds: float) -> list[int | None]:
+    """Starts processes and waits for all of them; their exit codes, None of one that did not end within `seconds`."""
     for process in ranks:
         process.start()
     deadline = time.monotonic() + seconds
@@ -37,7 +43,7 @@ def launch(launcher, folder: Path, command: list[str], world: int, seconds: floa
     codes = [process.exitcode for process in ranks]
     for process in ranks:
         process.kill()
-    return codes, [(folder / f"rank{rank}.txt").read_text() for rank in range(world)]
+    return codes
 
 
 def run_rank(command: list[str], folder: Path, rank: int, world: int, port: int) -> None:

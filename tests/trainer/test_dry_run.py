@@ -56,13 +56,28 @@ def test_activations_are_near_what_backward_keeps(changes):
 
 def test_states_follow_zeros_rules():
     run, parameters = load("tiny"), 1_000_000
-    sizes = {name: memory_per_rank(run, load_ds_config(ROOT / "ds_configs" / f"{name}.json"), 4, parameters)
+    sizes = {name: memory_per_rank(run, load_ds_config(ROOT / "ds_configs" / f"{name}.json"), 4, parameters, 0)
              for name in ("zero1", "zero2", "zero3")}
     expected = {"zero1": (2, 2), "zero2": (2, 0.5), "zero3": (0.5, 0.5)}
     for name, (weights, gradients) in expected.items():
         assert sizes[name]["parameters"] == weights * parameters
         assert sizes[name]["gradients"] == gradients * parameters
         assert (sizes[name]["fp32 copy"], sizes[name]["Adam moments"]) == (1e6, 2e6)
+
+
+def test_expert_shards_are_described():
+    run = load("tiny", overrides=["train.expert_parallel_size=4"])
+    text = describe_run(run, load_ds_config(ROOT / "ds_configs" / "cpu_zero2.json"), world=8)
+    whole = describe_run(load("tiny"), load_ds_config(ROOT / "ds_configs" / "cpu_zero2.json"), world=8)
+    assert "expert groups: 4 ranks hold 2 experts of each layer each" in text and "expert groups:" not in whole
+
+    def gib(text: str, name: str) -> float:
+        return next(float(line.split()[-2]) for line in text.splitlines() if line.strip().startswith(name + " "))
+
+    experts = 3 * 8 * 3 * 256 * 128  # layers, experts, w1 to w3, ffn, width
+    assert gib(whole, "parameters") - gib(text, "parameters") == pytest.approx(4 * experts * 3 / 4 / 2**30, abs=1e-3)
+    for name in ("gradients", "fp32 copy", "Adam moments", "averaged weights"):  # partitions of the same size
+        assert gib(whole, name) == gib(text, name)
 
 
 @pytest.mark.parametrize("layers", [

@@ -1,14 +1,20 @@
 """Whole runs with experts divided among ranks: equal to a single process, resumed to the bit, exported whole."""
 
+import os
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.trainer.forked import launch
-from tests.trainer.launching import command_line, ds_config, lines, write_corpus
+from model.diffusion_lm import DiffusionLM
+from model.moe.parallel import ExpertGroup
+from tests.trainer.forked import free_port, join, launch
+from tests.trainer.launching import SMALL, command_line, ds_config, lines, write_corpus
+from trainer.config_load import load
+from trainer.ds_config import load_ds_config
 from trainer.export import read_model
+from trainer.memory import memory_per_rank
 
 LOSSES = ("loss", "cross_entropy", "balance", "router_z", "gradient_norm")
 ROWS, STEPS, CLIPPING = 8, 20, 0.1
@@ -162,3 +168,46 @@ def test_all_tokens_on_one_rank_and_none_on_the_others(workplace, shards, stage)
     assert all(share[2:] == [0, 0] and sum(share) == pytest.approx(1) for line in found
                for share in line["expert_share"])
     assert_equal_losses(wanted, found)
+
+
+def state_sizes(rank, world, shards, ds, folder, port):
+    """One rank: builds the engine and writes down how many bytes its states have."""
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    from trainer import launch
+    from trainer.engine import Engine
+    from trainer.expert_parallel import shard_experts
+
+    ranks, run, ds = launch.start(), small_run(shards), load_ds_config(ds)
+    model = DiffusionLM(run.model)
+    shard_experts(model, ExpertGroup(shards, rank % shards))
+    model.init_weights(0)
+    engine = Engine(model, run, ds, ranks)
+    held = [p.ds_tensor if ds.zero_stage == 3 else p for p in engine.model.parameters()]
+    sizes = {"parameters": held, "fp32 copy": engine._masters(), "averaged weights": engine.ema}
+    torch.save({name: sum(part.numel() * part.element_size() for part in parts) for name, parts in sizes.items()},
+               folder / f"rank{rank}.pt")
+    launch.stop()
+
+
+def small_run(shards):
+    settings = {**SMALL, "model.vocab_size": 330, "train.expert_parallel_size": shards}
+    return load(overrides=[f"{key}={value}" for key, value in settings.items()])
+
+
+@pytest.mark.parametrize("world, shards, stage", [(4, 2, 1), pytest.param(4, 4, 2, marks=slow),
+                                                  pytest.param(4, 2, 3, marks=slow)])
+def test_memory_table_is_what_a_rank_holds(launcher, tmp_path, world, shards, stage):
+    ds, port = ds_config(tmp_path, stage=stage), free_port()
+    codes = join([launcher.Process(target=state_sizes, args=(rank, world, shards, ds, tmp_path, port))
+                  for rank in range(world)], SECONDS)
+    assert codes == [0] * world
+    run = small_run(shards)
+    model = DiffusionLM(run.model)
+    total = sum(p.numel() for p in model.parameters())
+    experts = sum(p.numel() for name, p in model.named_parameters() if ".experts." in name)
+    table = memory_per_rank(run, load_ds_config(ds), world, total, experts)
+    padding = 4 * world * len(list(model.parameters()))  # ZeRO fills partitions up to equal sizes
+    for rank in range(world):
+        for name, size in torch.load(tmp_path / f"rank{rank}.pt").items():
+            assert 0 <= size - table[name] <= (0 if name == "parameters" and stage < 3 else padding), (rank, name)

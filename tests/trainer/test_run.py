@@ -130,7 +130,7 @@ def test_damaged_checkpoint_is_passed_over_aloud(workplace):
 def test_another_topology_or_configuration_is_refused(workplace):
     folder, settings, reference = workplace
     printed = finish(start(1, ds_config(folder, micro=2, stage=2), reference, settings), expect=84)
-    assert "zero_stage = 1, this run has 2" in printed and "Traceback" not in printed
+    assert "zero_stage = 1, this run has zero_stage = 2" in printed and "Traceback" not in printed
     printed = finish(start(2, ds_config(folder, micro=1, stage=1), reference, {**settings, "model.width": 64}),
                      expect=80)
     assert printed.count("belongs to another configuration (model.width was 32, is 64)") == 1

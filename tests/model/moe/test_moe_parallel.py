@@ -10,6 +10,7 @@ import torch
 from model.config import MoEConfig
 from model.moe.layer import MoELayer
 from model.moe.parallel import ExpertGroup, ShardedExperts, part_of_state, whole_state
+from tests.trainer.forked import join
 
 WIDTH, RANKS, SECONDS = 8, 4, 60
 CONFIG = MoEConfig(experts=8, top_k=2, ffn=12, shared_ffn=4)
@@ -78,15 +79,8 @@ def rank_main(rank: int, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def results(launcher, tmp_path_factory) -> list[dict]:
     folder = tmp_path_factory.mktemp("ranks")
-    ranks = [launcher.Process(target=rank_main, args=(rank, folder)) for rank in range(RANKS)]
-    for process in ranks:
-        process.start()
-    for process in ranks:
-        process.join(SECONDS)
-    codes = [process.exitcode for process in ranks]
-    for process in ranks:
-        process.kill()
-    assert codes == [0] * RANKS
+    assert join([launcher.Process(target=rank_main, args=(rank, folder)) for rank in range(RANKS)],
+                SECONDS) == [0] * RANKS
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(RANKS)]
 
 
