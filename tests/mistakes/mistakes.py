@@ -266,11 +266,10 @@ MISTAKES = [
             "zero_stage = 1: start it as it was saved, or convert it: python …convert_checkpoint.py reshard "
             "…/step-00000002 TO --world … --expert_parallel_size 1 --zero_stage 1", 84,
             ds={"zero_optimization": {"stage": 1}}, resumes=True),
-    Mistake("Checkpoints", "another number of ranks, and of rows in a step", "…/step-00000002 was saved with world = 1, "
-            "rows_per_step = 1, this run has world = 2, rows_per_step = 2: choose micro-batch and accumulation so that "
-            "rows_per_step, their product with the ranks, is 1 again, or begin a new run from the exported model with "
-            "--init_from", 84, resumes=True,
-            saved_by=1, ranks=(2,)),
+    Mistake("Checkpoints", "another number of ranks, and of rows in a step", "…/step-00000002 was saved with world = "
+            "1, rows_per_step = 1, this run has world = 2, rows_per_step = 2: choose micro-batch and accumulation so "
+            "that rows_per_step, their product with the ranks, is 1 again, or begin a new run from the exported model "
+            "with --init_from", 84, resumes=True, saved_by=1, ranks=(2,)),
     Mistake("Checkpoints", "a checkpoint that is not there", "…/none has no readable manifest.json (…): it was never "
             "completed", 84, arguments=("--resume", "none/none")),
     Mistake("Checkpoints", "a checkpoint with a broken manifest", "…/step-00000002 has no readable manifest.json (…): "

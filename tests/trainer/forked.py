@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,11 +25,12 @@ def launcher():
 
 
 def launch(launcher, folder: Path, command: list[str], world: int, seconds: float,
-           port: int = 0) -> tuple[list[int], list[str]]:
+           port: int = 0, rank_main: Callable | None = None) -> tuple[list[int], list[str]]:
     """(exit codes, outputs) of all ranks of `trainer/run.py command` in `folder`; None is the exit code of a rank
-    that did not end within `seconds`. port: the first rank's; a free one if 0."""
+    that did not end within `seconds`. port: the first rank's; a free one if 0. rank_main: in place of `run_rank`,
+    which it may call."""
     port = port or free_port()
-    codes = join([launcher.Process(target=run_rank, args=(command, folder, rank, world, port))
+    codes = join([launcher.Process(target=rank_main or run_rank, args=(command, folder, rank, world, port))
                   for rank in range(world)], seconds)
     return codes, [(folder / f"rank{rank}.txt").read_text() for rank in range(world)]
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 
 import pytest
 import torch
@@ -9,16 +10,16 @@ from safetensors.torch import load_file, save_file
 
 from model.diffusion_lm import DiffusionLM
 from model.moe.parallel import ExpertGroup
-from tests.trainer.forked import free_port, join, launch
+from tests.trainer.forked import free_port, join, launch, run_rank
 from tests.trainer.launching import SMALL, command_line, ds_config, lines, write_corpus
 from trainer.config_load import load
-from trainer.ds_config import load_ds_config
+from trainer.ds_config import DSConfig, load_ds_config
 from trainer.export import read_model
 from trainer.memory import memory_per_rank
 
+SECONDS = 120
 LOSSES = ("loss", "cross_entropy", "balance", "router_z", "gradient_norm")
 ROWS, STEPS, CLIPPING = 8, 20, 0.1
-SECONDS = 120
 SAMPLED = {"train.eval_every": 10, "train.sample_every": 20}
 slow = pytest.mark.slow
 
@@ -29,15 +30,25 @@ class Workplace:
     def __init__(self, launcher, folder):
         self.launcher, self.folder = launcher, folder
         self.corpus = write_corpus(folder)
+        self.references = {}
 
-    def run(self, name, world, shards, stage, settings=None, *arguments, accumulation=1, expect=0, **ds):
+    def reference(self, settings):
+        """The name of a run with these settings on one rank."""
+        key = str(settings)
+        if key not in self.references:
+            self.references[key] = f"reference{len(self.references)}"
+            self.run(self.references[key], 1, 1, 1, settings)
+        return self.references[key]
+
+    def run(self, name, world, shards, stage, settings=None, *arguments, accumulation=1, expect=0, rank_main=run_rank,
+            seconds=SECONDS, **ds):
         """(metrics by step, what was printed) of a run in the folder `name`, whose ranks all end with `expect`."""
         config = ds_config(self.folder, micro=ROWS // world // accumulation, accumulation=accumulation, stage=stage,
                            gradient_clipping=CLIPPING, **ds)
         settings = {**self.corpus, "train.steps": STEPS, "optim.schedule": "constant",
                     "train.expert_parallel_size": shards, **(settings or {})}
         command = [*command_line(config, self.folder / name, settings), *arguments]
-        codes, outputs = launch(self.launcher, self.folder, command, world, SECONDS)
+        codes, outputs = launch(self.launcher, self.folder, command, world, seconds, rank_main=rank_main)
         printed = "\n".join(outputs)
         assert codes == [expect] * world, printed
         return lines(self.folder / name), printed
@@ -112,11 +123,29 @@ def test_ranks_shards_and_zero_stages_give_the_same_losses(workplace, world, sha
 @slow
 def test_mechanisms_give_the_losses_of_a_single_process(workplace, request, settings, ds):
     settings = {**settings, "train.steps": 10}
-    wanted, _ = workplace.run(f"one-{request.node.name}", 1, 1, 1, settings)
-    found, _ = workplace.run(f"four-{request.node.name}", 4, 2, 2, settings, **ds)
-    assert_equal_losses(wanted, found)
-    assert_equal_weights(workplace.weights(f"one-{request.node.name}"),
-                         workplace.weights(f"four-{request.node.name}"), 1e-5)
+    reference, name = workplace.reference(settings), request.node.name
+    found, _ = workplace.run(name, 4, 2, 2, settings, **ds)
+    assert_equal_losses(lines(workplace.folder / reference), found)
+    assert_equal_weights(workplace.weights(reference), workplace.weights(name), 1e-5)
+
+
+def offloading_rank(*arguments):
+    """Offload is refused on a CPU, where it has no use; its arithmetic is the same there as on a GPU. DeepSpeed's
+    optimizer for it is compiled first."""
+    os.environ |= {"TORCH_EXTENSIONS_DIR": str(arguments[1] / "extensions"),
+                   "PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+    DSConfig.check_device = lambda *_: None
+    run_rank(*arguments)
+
+
+@slow
+def test_offloaded_optimizer_gives_the_losses_of_a_single_process(workplace):
+    settings, offload = {"train.steps": 10}, {"offload_optimizer": {"device": "cpu"}}
+    reference = workplace.reference(settings)
+    for name, world, stage in (("offload-two", 2, 2), ("offload-four", 4, 1)):
+        found, _ = workplace.run(name, world, 2, stage, settings, rank_main=offloading_rank,
+                                 seconds=600, zero_optimization={"stage": stage, **offload})
+        assert_equal_losses(lines(workplace.folder / reference), found)
 
 
 @slow
