@@ -9,7 +9,7 @@ import torch
 
 from model.config import MoEConfig
 from model.moe.layer import MoELayer
-from model.moe.parallel import ExpertGroup, ShardedExperts, part_of_state, whole_state
+from model.moe.parallel import ExpertGroup, ShardedExperts, part_of_state, rows_to_other_ranks, whole_state
 from tests.trainer.forked import join
 
 WIDTH, RANKS, SECONDS = 8, 4, 60
@@ -108,3 +108,6 @@ def test_what_is_sent_is_counted_to_the_byte(results, case):
         for_others = sum((holder == rank).sum() for other, holder in enumerate(holder_of) if other != rank)
         counts = (RANKS - 1) * HELD * 8
         assert result[case]["sent_bytes"] == 2 * (to_others + for_others) * WIDTH * 8 + counts
+        least = sum(len(set(holders) - {rank}) for holders in holder_of[rank].tolist())
+        rows = rows_to_other_ranks(result[case]["index"], CONFIG.experts, ExpertGroup(RANKS, rank))
+        assert rows.tolist() == [least, to_others]
