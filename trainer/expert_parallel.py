@@ -25,16 +25,17 @@ from deepspeed.checkpoint.constants import (
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer
 from torch import nn
 
-from model.diffusion_lm import DiffusionLM
 from model.moe.layer import MoELayer
 from model.moe.parallel import ExpertGroup, ShardedExperts
 
 
-def shard_experts(model: DiffusionLM, group: ExpertGroup) -> None:
+def shard_experts(model: nn.Module, group: ExpertGroup) -> None:
     """Leaves to `model` only the experts that this rank of the group holds. Before its weights are initialised, and
     before DeepSpeed sees it, which creates the process groups."""
-    for block in model.denoiser.blocks:
-        block.moe = ExpertParallelLayer(block.moe, group)
+    for parent in list(model.modules()):
+        for name, layer in parent.named_children():
+            if isinstance(layer, MoELayer):
+                setattr(parent, name, ExpertParallelLayer(layer, group))
 
 
 class ExpertParallelLayer(MoELayer, AutoEPMoELayer):

@@ -17,7 +17,7 @@ from trainer.ds_config import DSConfig, load_ds_config
 from trainer.export import read_model
 from trainer.memory import memory_per_rank
 
-SECONDS = 120
+SECONDS = 300
 LOSSES = ("loss", "cross_entropy", "balance", "router_z", "gradient_norm")
 ROWS, STEPS, CLIPPING = 8, 20, 0.1
 SAMPLED = {"train.eval_every": 10, "train.sample_every": 20}
