@@ -129,6 +129,29 @@ def test_mechanisms_give_the_losses_of_a_single_process(workplace, request, sett
     assert_equal_weights(workplace.weights(reference), workplace.weights(name), 1e-5)
 
 
+def norms_keeping_rank(command, folder, rank, world, port):
+    """Writes down the gradient norm of each step as this rank sees it."""
+    from trainer.engine import Engine
+    update = Engine.update
+
+    def update_and_note(engine, step, **options):
+        rate = update(engine, step, **options)
+        with (folder / f"norms{rank}.txt").open("w" if step == 0 else "a") as file:
+            print(engine.gradient_norm, file=file)
+        return rate
+
+    Engine.update = update_and_note
+    run_rank(command, folder, rank, world, port)
+
+
+@slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_all_ranks_clip_by_the_same_norm(workplace, stage):
+    found, _ = workplace.run(f"norms-{stage}", 4, 2, stage, {"train.steps": 3}, rank_main=norms_keeping_rank)
+    wanted = "".join(f"{line['gradient_norm']}\n" for line in found)
+    assert len(found) == 3 and all((workplace.folder / f"norms{rank}.txt").read_text() == wanted for rank in range(4))
+
+
 def offloading_rank(*arguments):
     """Offload is refused on a CPU, where it has no use; its arithmetic is the same there as on a GPU. DeepSpeed's
     optimizer for it is compiled first."""
