@@ -17,7 +17,8 @@ from tensorboardX.summary import scalar
 from model.batch import PackedBatch
 from model.diffusion.schedule import NoiseSchedule
 from model.diffusion_lm import LossReport
-from model.moe.parallel import ExpertGroup, rows_to_other_ranks
+from model.moe.parallel import ExpertGroup
+from trainer.expert_traffic import ExpertTraffic
 
 NOISE_BINS = POSITION_BINS = 10
 PER_TRAINED_TOKEN = ("cross_entropy", "mse", "rounding")
@@ -40,16 +41,16 @@ class StepMetrics:
         self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
         self.position_counts_LPE = torch.zeros(self.layers, POSITION_BINS, self.experts, device=self.device)
         self.router_entropy = torch.zeros((), device=self.device)
-        self.rows_sent = torch.zeros(2, dtype=torch.int64, device=self.device)
+        self.expert_traffic = ExpertTraffic(self.expert_group, self.experts, self.device)
         self.loss = torch.zeros((), device=self.device)
-        self.trained_tokens = self.tokens = self.steps = self.flops = self.sent_bytes = 0
+        self.trained_tokens = self.tokens = self.steps = self.flops = 0
         self.began, self.elsewhere = time.perf_counter(), 0.0
 
     def add(self, report: LossReport, batch: PackedBatch, flops: int, sent_bytes: int) -> None:
         """One micro-batch of this rank, on the device, and what it cost: `model/flops.py`, and what was sent to
         other ranks' experts."""
         self.flops += flops
-        self.sent_bytes += sent_bytes
+        self.expert_traffic.add(report, sent_bytes)
         self.loss += report.total.detach()
         for name, value in report.terms.items():
             self.terms[name] = self.terms.get(name, 0) + value
@@ -63,8 +64,6 @@ class StepMetrics:
             self.position_counts_LPE[layer] += torch.bincount(
                 places, minlength=POSITION_BINS * self.experts).view(POSITION_BINS, self.experts)
             self.router_entropy += aux.entropy_sum / self.layers
-            if self.expert_group.size > 1:
-                self.rows_sent += rows_to_other_ranks(aux.expert_index_Tk, self.experts, self.expert_group)
 
     def count(self, trained_tokens: int, tokens: int) -> None:
         """The global batch of one step."""
@@ -85,12 +84,11 @@ class StepMetrics:
         parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
                  self.position_counts_LPE.flatten(),
                  torch.stack([self.router_entropy, self.loss]),
-                 self.rows_sent.float(),
-                 torch.tensor([self.flops / 1e12, self.sent_bytes / 1e6], device=self.device)]
+                 self.expert_traffic.flat().float(), torch.tensor([self.flops / 1e12], device=self.device)]
         flat = torch.cat(parts)
         torch.distributed.all_reduce(flat)
         sizes = [part.numel() for part in parts]
-        terms, noise, by_position, (entropy, loss), rows_sent, (teraflops, sent_mb) = flat.cpu().split(sizes)
+        terms, noise, by_position, (entropy, loss), expert_traffic, (teraflops,) = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
         line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
                 for name, value in zip(names, terms, strict=True)}
@@ -115,10 +113,7 @@ class StepMetrics:
         ranks = torch.distributed.get_world_size()
         if self.peak_flops is not None:
             line["mfu"] = 1e12 * line["tflops_per_s"] / (ranks * self.peak_flops)
-        if self.expert_group.size > 1:
-            line["expert_traffic_mb"] = float(sent_mb) / (ranks * self.steps)
-            needed, sent = rows_sent.tolist()
-            line["expert_traffic_minimum_mb"] = line["expert_traffic_mb"] * needed / max(1.0, sent)
+        line |= self.expert_traffic.summary(expert_traffic, self.steps, ranks)
         self._reset()
         return line
 

@@ -218,7 +218,7 @@ def test_all_tokens_on_one_rank_and_none_on_the_others(workplace, shards, stage)
     wanted, _ = workplace.run(f"whole-{shards}-{stage}", 1, 1, 1, settings, "--init_from", str(origin))
     found, _ = workplace.run(f"shards{shards}-{stage}", shards, shards, stage, settings, "--init_from", str(origin))
     assert all(share[2:] == [0, 0] and sum(share) == pytest.approx(1) for line in found
-               for share in line["expert_share"])
+               for layer in line["expert_share_by_position"] for share in layer)
     assert_equal_losses(wanted, found)
 
 
