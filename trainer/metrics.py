@@ -18,7 +18,7 @@ from model.batch import PackedBatch
 from model.diffusion.schedule import NoiseSchedule
 from model.diffusion_lm import LossReport
 from model.moe.parallel import ExpertGroup
-from trainer.expert_traffic import ExpertTraffic
+from trainer.expert_traffic import count_traffic, traffic_line
 
 NOISE_BINS = POSITION_BINS = 10
 PER_TRAINED_TOKEN = ("cross_entropy", "mse", "rounding")
@@ -41,7 +41,7 @@ class StepMetrics:
         self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
         self.position_counts_LPE = torch.zeros(self.layers, POSITION_BINS, self.experts, device=self.device)
         self.router_entropy = torch.zeros((), device=self.device)
-        self.expert_traffic = ExpertTraffic(self.expert_group, self.experts, self.device)
+        self.traffic = torch.zeros(3, dtype=torch.int64, device=self.device)
         self.loss = torch.zeros((), device=self.device)
         self.trained_tokens = self.tokens = self.steps = self.flops = 0
         self.began, self.elsewhere = time.perf_counter(), 0.0
@@ -50,7 +50,8 @@ class StepMetrics:
         """One micro-batch of this rank, on the device, and what it cost: `model/flops.py`, and what was sent to
         other ranks' experts."""
         self.flops += flops
-        self.expert_traffic.add(report, sent_bytes)
+        if self.expert_group.size > 1:
+            self.traffic += count_traffic(report, sent_bytes, self.experts, self.expert_group)
         self.loss += report.total.detach()
         for name, value in report.terms.items():
             self.terms[name] = self.terms.get(name, 0) + value
@@ -84,11 +85,11 @@ class StepMetrics:
         parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
                  self.position_counts_LPE.flatten(),
                  torch.stack([self.router_entropy, self.loss]),
-                 self.expert_traffic.flat().float(), torch.tensor([self.flops / 1e12], device=self.device)]
+                 self.traffic.float(), torch.tensor([self.flops / 1e12], device=self.device)]
         flat = torch.cat(parts)
         torch.distributed.all_reduce(flat)
         sizes = [part.numel() for part in parts]
-        terms, noise, by_position, (entropy, loss), expert_traffic, (teraflops,) = flat.cpu().split(sizes)
+        terms, noise, by_position, (entropy, loss), traffic, (teraflops,) = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
         line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
                 for name, value in zip(names, terms, strict=True)}
@@ -113,7 +114,8 @@ class StepMetrics:
         ranks = torch.distributed.get_world_size()
         if self.peak_flops is not None:
             line["mfu"] = 1e12 * line["tflops_per_s"] / (ranks * self.peak_flops)
-        line |= self.expert_traffic.summary(expert_traffic, self.steps, ranks)
+        if self.expert_group.size > 1:
+            line |= traffic_line(traffic, self.steps, ranks)
         self._reset()
         return line
 
