@@ -56,7 +56,7 @@ class MoEConfig:
     z_weight: float = 0.001
     """Weight of the router's z loss, which keeps its logits small. 0: off."""
     backend: str = "auto"
-    """auto, cpu, grouped_mm or reference. A name never falls back: it runs or is refused."""
+    """auto, cpu, grouped_mm, megablocks or reference. A name never falls back: it runs or is refused."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,6 +9,9 @@ A backend is a module with two functions:
 to each expert, `experts` the module that owns `w1`, `w2`, `w3`. Row n of `y_ND` is its expert's output. N and
 any count may be 0; weights that were not used then get a gradient of zeros. Kernel packages are imported
 inside these functions only.
+
+It may have its own `sort_by_expert`, `scatter_to_experts` and `gather_from_experts` in place of those of
+`model/moe/dispatch.py`, and `remark() -> str`, which adds to what is said of a choice.
 """
 
 from __future__ import annotations
@@ -19,10 +22,12 @@ from types import ModuleType
 import torch
 
 from model.errors import BackendUnavailable, ConfigError
-from model.moe import cpu, grouped_mm, reference
+from model.moe import cpu, dispatch, grouped_mm, megablocks, reference
 
-BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "grouped_mm": grouped_mm, "reference": reference}
-"""In the order in which `auto` prefers them."""
+BACKENDS: dict[str, ModuleType] = {"cpu": cpu, "grouped_mm": grouped_mm, "megablocks": megablocks,
+                                   "reference": reference}
+"""In the order in which `auto` prefers them. On a GPU grouped_mm stands before megablocks because it keeps half as
+many activations for the backward pass, needs no package, and computes the same."""
 
 _KEY = "model.moe.backend"
 
@@ -46,9 +51,19 @@ def choose_backend(name: str, device: torch.device | str, dtype: torch.dtype, wi
         refusals[candidate] = refusal
     if name == "auto":
         passed_over = "".join(f"; not {other}: {why}" for other, why in refusals.items())
-        return candidate, f"first that runs {dtype} on {device.type}{passed_over}"
+        return candidate, f"first that runs {dtype} on {device.type}{passed_over}{_remark(candidate)}"
     refusal = BACKENDS[name].unavailable(device, dtype, width, ffn)
     if refusal is not None:
         raise BackendUnavailable(_KEY, f"'{name}' cannot run here: {refusal}. Use {_KEY} = auto, "
                                        f"which would choose '{candidate}'")
-    return name, "asked for by name"
+    return name, f"asked for by name{_remark(name)}"
+
+
+def _remark(name: str) -> str:
+    remark = BACKENDS[name].remark() if hasattr(BACKENDS[name], "remark") else ""
+    return remark and f"; {remark}"
+
+
+def dispatch_of(name: str) -> ModuleType:
+    """The module whose functions take tokens to their experts and back for backend `name`."""
+    return BACKENDS[name] if hasattr(BACKENDS[name], "sort_by_expert") else dispatch

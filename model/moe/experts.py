@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor, nn
 
 from model.keyed_random import keyed_generator
-from model.moe.backends import BACKENDS, choose_backend
+from model.moe.backends import BACKENDS, choose_backend, dispatch_of
 
 
 class Experts(nn.Module):
@@ -18,7 +20,7 @@ class Experts(nn.Module):
 
     def __init__(self, count: int, width: int, ffn: int, *, gated: bool = True, backend: str = "auto"):
         super().__init__()
-        self.backend = backend
+        self.width, self.ffn, self.backend = width, ffn, backend
         self.w1 = nn.Parameter(torch.empty(count, ffn, width))
         self.w2 = nn.Parameter(torch.empty(count, ffn, width))
         self.w3 = nn.Parameter(torch.empty(count, ffn, width)) if gated else None
@@ -37,9 +39,14 @@ class Experts(nn.Module):
                 if weight_EFD is not None:
                     weight_EFD[e].copy_(torch.randn(ffn, width, generator=generator) * inputs ** -0.5)
 
+    def chosen(self, device: torch.device) -> str:
+        """The backend that multiplies on `device`; a key of BACKENDS."""
+        return choose_backend(self.backend, device, self.w1.dtype, self.width, self.ffn)[0]
+
+    def dispatch(self, device: torch.device) -> ModuleType:
+        """What sorts, scatters and gathers the tokens; see `model/moe/dispatch.py`."""
+        return dispatch_of(self.chosen(device))
+
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """x_ND: tokens sorted by expert; counts_E: integer, how many of each. Returns y_ND in x's dtype."""
-        _, ffn, width = self.w1.shape
-        dtype = self.w1.dtype
-        name, _ = choose_backend(self.backend, x_ND.device, dtype, width, ffn)
-        return BACKENDS[name].run(x_ND.to(dtype), counts_E, self).to(x_ND.dtype)
+        return BACKENDS[self.chosen(x_ND.device)].run(x_ND.to(self.w1.dtype), counts_E, self).to(x_ND.dtype)

@@ -41,10 +41,10 @@ def unavailable(device: torch.device, dtype: torch.dtype, width: int, ffn: int) 
 def run(x_ND: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
     """See `model/moe/backends.py` for the contract."""
     ends_E = counts_E.cumsum(0).to(torch.int32)
-    return _GroupedMLP.apply(_row_major(x_ND), experts.w1, experts.w2, experts.w3, ends_E)
+    return _GroupedMLP.apply(row_major(x_ND), experts.w1, experts.w2, experts.w3, ends_E)
 
 
-def _row_major(x_ND: Tensor) -> Tensor:
+def row_major(x_ND: Tensor) -> Tensor:
     """Not `contiguous`, which leaves an expanded tensor of no rows as it is; the kernel refuses its
     strides."""
     if x_ND.stride() == (x_ND.shape[1], 1):
@@ -63,7 +63,7 @@ class _GroupedMLP(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_ND):
         x_ND, w1_EFD, w2_EFD, w3_EFD, gate_NF, up_NF, ends_E = ctx.saved_tensors
-        grad_ND = _row_major(grad_ND)
+        grad_ND = row_major(grad_ND)
         hidden_grad_NF = grouped_mm(grad_ND, w2_EFD.mT, offs=ends_E)
         h_NF, gate_grad_NF, up_grad_NF = hidden_backward(hidden_grad_NF, gate_NF, up_NF)
         w2_grad_EFD = grouped_mm(h_NF.mT, grad_ND, offs=ends_E)

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from model.config import MoEConfig
-from model.moe.dispatch import gather_from_experts, scatter_to_experts, sort_by_expert
 from model.moe.experts import Experts
 from model.moe.router import MoEAux, Router
 
@@ -47,9 +46,10 @@ class MoELayer(nn.Module):
         Returns y_TD in x's dtype, and the layer's losses and statistics.
         """
         weight_Tk, aux = self.router(x_TD, row_T, rows, jitter_noise_TD)
-        order = sort_by_expert(aux.expert_index_Tk)
-        y_ND = self.experts(scatter_to_experts(x_TD, order), aux.counts_E)
-        y_TD = gather_from_experts(y_ND, weight_Tk, order)
+        dispatch = self.experts.dispatch(x_TD.device)
+        order = dispatch.sort_by_expert(aux.expert_index_Tk)
+        y_ND = self.experts(dispatch.scatter_to_experts(x_TD, order), aux.counts_E)
+        y_TD = dispatch.gather_from_experts(y_ND, weight_Tk, order)
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD, torch.full((1,), len(x_TD), device=x_TD.device))
         return y_TD, aux

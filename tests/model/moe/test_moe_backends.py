@@ -41,10 +41,8 @@ def test_backends_agree(backend, gated, counts, dtype, tolerance):
     assert relative(run(backend, counts, gated, dtype), run("reference", counts, gated, torch.float64)) < tolerance
 
 
-@pytest.mark.parametrize("backend", ["cpu", "grouped_mm"])
-@pytest.mark.parametrize("gated", [True, False])
-def test_nothing_saved_for_backward_is_a_view_of_a_weight(backend, gated):
-    """A saved view would keep the memory of weights that ZeRO-3 lets go between forward and backward."""
+def check_saved_weights(backend: str, gated: bool) -> None:
+    """Each weight is saved once, and none as a view."""
     experts = Experts(3, 16, 16, gated=gated, backend=backend)
     experts.init_weights(0, 0)
     by_memory = {parameter.data_ptr(): parameter for parameter in experts.parameters()}
@@ -54,6 +52,13 @@ def test_nothing_saved_for_backward_is_a_view_of_a_weight(backend, gated):
     weights = [t for t in saved if t.untyped_storage().data_ptr() in by_memory]
     assert len(weights) == len(by_memory)
     assert all(t._base is None and t.shape == by_memory[t.data_ptr()].shape for t in weights)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "grouped_mm"])
+@pytest.mark.parametrize("gated", [True, False])
+def test_nothing_saved_for_backward_is_a_view_of_a_weight(backend, gated):
+    """A saved view would keep the memory of weights that ZeRO-3 lets go between forward and backward."""
+    check_saved_weights(backend, gated)
 
 
 def test_mixed_precision_input_keeps_its_dtype():
@@ -74,6 +79,8 @@ def test_auto_takes_cpu_on_the_cpu(dtype):
     ("grouped_mm", "cpu", torch.float64, 32, 48, r"no torch\.float64 on cpu"),
     ("grouped_mm", "cuda", torch.float32, 32, 48, r"no torch\.float32 on cuda"),
     ("cpu", "cuda", torch.bfloat16, 32, 48, "the model is on cuda"),
+    ("megablocks", "cpu", torch.float32, 32, 48, "the model is on cpu, where Triton's kernels"),
+    ("megablocks", "cuda", torch.float32, 32, 48, r"no torch\.float32 on cuda"),
 ])
 def test_a_name_never_falls_back(name, device, dtype, width, ffn, message):
     wanted = rf"model\.moe\.backend: '{name}' cannot run here: .*{message}"

@@ -1,4 +1,5 @@
-"""Equality with the real MegaBlocks dMoE (its `grouped` implementation): outputs, gradients and both losses."""
+"""The real MegaBlocks: our layer equals its dMoE (its `grouped` implementation) in outputs, gradients and both losses,
+and its kernels, working on our parameters, equal the reference."""
 
 from __future__ import annotations
 
@@ -9,8 +10,10 @@ import torch
 import torch.nn.functional as F
 
 from model.config import MoEConfig
+from model.moe.backends import choose_backend
 from model.moe.layer import MoELayer
 from tests.model.moe.megablocks_on_cpu import megablocks_layers
+from tests.model.moe.test_moe_backends import COUNTS, check_saved_weights, relative, run
 
 EXPERTS, WIDTH, FFN, TOKENS = 5, 64, 32, 24
 
@@ -23,7 +26,7 @@ def megablocks():
         yield layers
 
 
-@pytest.mark.parametrize("backend", ["cpu", "grouped_mm"])
+@pytest.mark.parametrize("backend", ["cpu", "grouped_mm", "megablocks"])
 @pytest.mark.parametrize(("gated", "top_k", "normalize", "jitter"), [
     (True, 1, False, 0.0), (True, 2, True, 0.0), (True, 3, False, 0.1),
     (False, 1, False, 0.1), (False, 2, False, 0.0), (False, 3, True, 0.0)])
@@ -70,3 +73,39 @@ def test_equals_dmoe(megablocks, backend, gated, top_k, normalize, jitter):
     for name, own, want in zip(["x", *pairs], ours, wanted, strict=True):
         torch.testing.assert_close(own, want.view_as(own), rtol=1e-4, atol=1e-5,
                                    msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("counts", [*COUNTS.values(), [0, 0, 0, 0]], ids=[*COUNTS.keys(), "none"])
+@pytest.mark.parametrize("gated", [True, False])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
+def test_its_products_equal_the_reference(megablocks, dtype, tolerance, gated, counts):
+    own, wanted = run("megablocks", counts, gated, dtype), run("reference", counts, gated, torch.float64)
+    if sum(counts):
+        assert relative(own, wanted) < tolerance
+    else:
+        assert [value.shape for value in own] == [value.shape for value in wanted] and not any(map(torch.any, own))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 30])
+def test_the_whole_layer_equals_the_reference(megablocks, tokens):
+    """The router's weights stay fp32 and get fp32 gradients, as with the other backends."""
+    outcomes = []
+    for backend in ("megablocks", "reference"):
+        layer = MoELayer(WIDTH, MoEConfig(experts=EXPERTS, top_k=2, ffn=FFN, shared_ffn=FFN, backend=backend))
+        layer.init_weights(0, 0)
+        x_TD = torch.randn(tokens, WIDTH, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        y_TD, _ = layer(x_TD, torch.zeros(tokens, dtype=torch.int64), 1)
+        # the same gradient goes to routed and shared experts, so that nobody may write into it
+        outcomes.append((y_TD.detach(), *torch.autograd.grad(y_TD.square().sum(), [x_TD, *layer.parameters()])))
+    torch.testing.assert_close(*outcomes, rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("gated", [True, False])
+def test_nothing_saved_for_backward_is_a_view_of_a_weight(megablocks, gated):
+    check_saved_weights("megablocks", gated)
+
+
+def test_a_choice_says_which_parts_are_replaced(megablocks):
+    assert choose_backend("megablocks", "cpu", torch.float32, WIDTH, FFN) == (
+        "megablocks", "asked for by name; with PyTorch in place of megablocks_ops and grouped_gemm")
+    assert choose_backend("auto", "cpu", torch.float32, WIDTH, FFN)[0] == "cpu"
