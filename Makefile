@@ -1,6 +1,9 @@
 # make train   train, evaluate and generate on the bundled documents (CPU or GPU); run again to resume
 # make test    fast tests          make lint   style
+# make gpu     installs flash-attn and MegaBlocks beside PyTorch, on a CUDA machine
 # make bench-attention, make bench-moe   speed and memory against peers, in one run each
+# make bench-balance                     training with and without the balance loss
+# make test-megablocks                   equality with the real MegaBlocks, in Triton's interpreter
 # Everything is set up on first use; nothing but Python 3.11 or 3.12, make and a C++ compiler is needed beforehand.
 
 PYTHON ?= python3
@@ -11,7 +14,9 @@ VENV := .venv
 TORCH := $(if $(shell command -v nvidia-smi || command -v sbatch),default,cpu)
 BIN := $(VENV)/bin
 
-.PHONY: train test lint bench-attention bench-moe setup clean
+MEGABLOCKS := $(VENV)/megablocks
+
+.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.requirements $(VENV)/.requirements-dev
@@ -22,6 +27,14 @@ train: $(VENV)/.requirements
 test: $(VENV)/.requirements-dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not gpu" --durations=15
 
+# Triton only serves these tests on a CPU, so it stays out of the environment that trains.
+test-megablocks: $(MEGABLOCKS)/.installed
+	REQUIRE_MEGABLOCKS=1 OMP_NUM_THREADS=1 PYTHONPATH=$(MEGABLOCKS) $(BIN)/python -m pytest \
+	    tests/model/moe/test_moe_megablocks.py
+
+gpu: $(VENV)/.requirements
+	$(BIN)/python tools/install_gpu.py
+
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
 
@@ -30,6 +43,9 @@ bench-attention: $(VENV)/.requirements-dev
 
 bench-moe: $(VENV)/.requirements-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/moe.py
+
+bench-balance: $(VENV)/.requirements
+	$(BIN)/python benchmarks/balance.py
 
 clean:
 	rm -rf runs .cache
@@ -47,4 +63,10 @@ $(VENV)/.requirements: requirements.txt
 
 $(VENV)/.requirements-dev: requirements-dev.txt $(VENV)/.requirements
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@
+
+$(MEGABLOCKS)/.installed: requirements-gpu.txt $(VENV)/.requirements-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(MEGABLOCKS) --upgrade --no-deps \
+	    --no-build-isolation --use-pep517 triton==3.7.1 \
+	    $$(sed -nE 's/^((megablocks|stanford-stk)==[0-9.]+).*/\1/p' requirements-gpu.txt)
 	touch $@

@@ -126,8 +126,10 @@ def kernels() -> Iterator[Finding]:
                 reason = unavailable(*case)
                 if reason is None and chosen is None:
                     chosen = name
+                remark = moe.remark(name) if part == "experts" and reason is None else ""
                 yield Finding(NOTE if reason else OK, f"kernels on {device.type}", f"{part} {precision} {name}",
-                              f"cannot run: {reason}" if reason else "taken by auto" if name == chosen else "can run")
+                              f"cannot run: {reason}" if reason else
+                              ("taken by auto" if name == chosen else "can run") + remark)
 
 
 def communication() -> Iterator[Finding]:

@@ -11,8 +11,6 @@ from torch import Tensor
 from model.attention.segments import SegmentKernel
 from model.attention.torch_flash import flash_limits
 
-INSTALL = "pip install --no-build-isolation flash-attn==2.8.3.post2"
-
 
 def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     limits = flash_limits(device, dtype, head_dim)
@@ -21,7 +19,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
     try:
         _interface()
     except ImportError as error:
-        return f"flash-attn cannot be imported ({error}); install it with `{INSTALL}`"
+        return f"flash-attn cannot be imported ({error}); `make gpu` installs it"
     return None
 
 

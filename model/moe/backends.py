@@ -51,17 +51,18 @@ def choose_backend(name: str, device: torch.device | str, dtype: torch.dtype, wi
         refusals[candidate] = refusal
     if name == "auto":
         passed_over = "".join(f"; not {other}: {why}" for other, why in refusals.items())
-        return candidate, f"first that runs {dtype} on {device.type}{passed_over}{_remark(candidate)}"
+        return candidate, f"first that runs {dtype} on {device.type}{passed_over}{remark(candidate)}"
     refusal = BACKENDS[name].unavailable(device, dtype, width, ffn)
     if refusal is not None:
         raise BackendUnavailable(_KEY, f"'{name}' cannot run here: {refusal}. Use {_KEY} = auto, "
                                        f"which would choose '{candidate}'")
-    return name, f"asked for by name{_remark(name)}"
+    return name, f"asked for by name{remark(name)}"
 
 
-def _remark(name: str) -> str:
-    remark = BACKENDS[name].remark() if hasattr(BACKENDS[name], "remark") else ""
-    return remark and f"; {remark}"
+def remark(name: str) -> str:
+    """What else to say of backend `name` where it runs, beginning with a semicolon; mostly nothing."""
+    text = BACKENDS[name].remark() if hasattr(BACKENDS[name], "remark") else ""
+    return text and f"; {text}"
 
 
 def dispatch_of(name: str) -> ModuleType:

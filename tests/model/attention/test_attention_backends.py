@@ -51,7 +51,7 @@ def test_auto_on_a_gpu(cuda, dtype, head_dim, backend, why):
 
 
 def test_a_broken_package_names_its_error_and_the_install(cuda):
-    with pytest.raises(BackendUnavailable, match=r"cannot be imported \(.*flash_attn.*pip install .*'torch_flash'"):
+    with pytest.raises(BackendUnavailable, match=r"cannot be imported \(.*flash_attn.*`make gpu` .*'torch_flash'"):
         choose_backend("flash_attn", "cuda", torch.bfloat16, 64)
 
 
