@@ -55,12 +55,14 @@ class BatchPlan:
 
 class LossReport(NamedTuple):
     """total: what is differentiated. terms: named sums over trained tokens (cross_entropy, mse, rounding) or over all
-    tokens (balance, router_z). cross_entropy_M, log_snr_M: per trained token, for the breakdown by noise level."""
+    tokens (balance, router_z). cross_entropy_M, log_snr_M: per trained token, for the breakdown by noise level;
+    token_M: its place in the stream."""
 
     total: Tensor
     terms: dict[str, Tensor]
     cross_entropy_M: Tensor
     log_snr_M: Tensor
+    token_M: Tensor
     experts: list[MoEAux]
 
 
@@ -134,7 +136,8 @@ class DiffusionLM(nn.Module):
         output, _, experts = self._predict(batch, plan, noisy, log_snr_C, rows_VE, prior_NV, guess_NE,
                                            draw.jitter_LTD, at_N=plan.loss_of_target_M)
 
-        answer_M = batch.tokens_T[plan.target_N[plan.loss_of_target_M]]
+        token_M = plan.target_N[plan.loss_of_target_M]
+        answer_M = batch.tokens_T[token_M]
         cross_entropy_M = nn.functional.cross_entropy(self.logits(output, rows_VE), answer_M, reduction="none")
         terms = {"cross_entropy": cross_entropy_M.sum()}
         if self.predicts_tokens:
@@ -150,7 +153,7 @@ class DiffusionLM(nn.Module):
         total = per_token / loss_tokens + (moe.balance_weight * terms["balance"]
                                            + moe.z_weight * terms["router_z"]) / tokens
         return LossReport(total, {name: term.detach() for name, term in terms.items()}, cross_entropy_M.detach(),
-                          noisy.log_snr_T[plan.loss_of_target_M], experts)
+                          noisy.log_snr_T[plan.loss_of_target_M], token_M, experts)
 
     def context_free_cross_entropy(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw) -> Tensor:
         """Cross-entropy [M] of the trained tokens under the context-free posterior: the best that can be said of a

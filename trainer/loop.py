@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from dataclasses import replace
+from typing import TextIO
 
 import torch
 from tqdm import tqdm
@@ -25,6 +26,7 @@ from trainer.engine import Engine
 from trainer.errors import NumericalError
 from trainer.evaluate import evaluate, summary, table
 from trainer.expert_parallel import shard_experts
+from trainer.expert_use import StarvationWatch, warning
 from trainer.export import load_weights, model_folder, write_model
 from trainer.generate import generate, sampler_settings
 from trainer.hardware import peak_flops
@@ -70,6 +72,7 @@ class TrainingRun:
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
         self.metrics = StepMetrics(self.model.schedule, run.model.layers, run.model.moe.experts, ranks.device,
                                    peak_flops(ranks.device, self.engine.dtype), self.expert_group)
+        self.starvation = StarvationWatch()
 
     def train(self) -> bool:
         """Trains to the last step or until asked to stop. Returns whether the run is finished."""
@@ -134,6 +137,9 @@ class TrainingRun:
         line |= {"lr": rate, "gradient_norm": self.engine.gradient_norm, "epoch": info.epoch,
                  "seconds": self.folder.seconds()}
         self.log.write("train", self.step, line)
+        if starving := self.starvation.notice(line["expert_tokens"]):
+            self.log.write("event", self.step, {"event": "experts starve", "layer_and_expert": starving})
+            self.say(f"step {self.step}: {warning(starving)}", file=sys.stderr)
         shown = {"ce": line["cross_entropy"], "balance": line["balance"], "gnorm": line["gradient_norm"]}
         bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | {
             "tok/s": f"{line['tokens_per_s']:,.0f}"})
@@ -202,8 +208,8 @@ class TrainingRun:
                         {"step": self.step, "weights": "averaged" if self.engine.ema else "last"})
         torch.distributed.barrier()
 
-    def say(self, text: str) -> None:
-        """Prints a line on the first rank, above the progress bar."""
+    def say(self, text: str, file: TextIO | None = None) -> None:
+        """Prints a line on the first rank, above the progress bar; to the standard output if no file is given."""
         if self.ranks.first:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            tqdm.write(text, file=file or sys.stdout)
+            (file or sys.stdout).flush()

@@ -19,9 +19,11 @@ from model.diffusion.schedule import NoiseSchedule
 from model.diffusion_lm import LossReport
 from model.moe.parallel import ExpertGroup
 from trainer.expert_traffic import count_traffic, traffic_line
+from trainer.expert_use import NOISE_BINS, POSITION_BINS, ExpertUse
 
-NOISE_BINS = POSITION_BINS = 10
 PER_TRAINED_TOKEN = ("cross_entropy", "mse", "rounding")
+_DRAWN_BY_INDEX = ("cross_entropy_by_noise", "expert_variation_by_layer", "router_entropy_by_layer",
+                   "dead_experts_by_layer")
 
 
 class StepMetrics:
@@ -39,8 +41,7 @@ class StepMetrics:
     def _reset(self) -> None:
         self.terms: dict[str, torch.Tensor] = {}
         self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
-        self.position_counts_LPE = torch.zeros(self.layers, POSITION_BINS, self.experts, device=self.device)
-        self.router_entropy = torch.zeros((), device=self.device)
+        self.expert_use = ExpertUse(self.layers, self.experts, self.device)
         self.traffic = torch.zeros(3, dtype=torch.int64, device=self.device)
         self.loss = torch.zeros((), device=self.device)
         self.trained_tokens = self.tokens = self.steps = self.flops = 0
@@ -59,12 +60,7 @@ class StepMetrics:
         place = ((high - report.log_snr_M) / (high - low) * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
         self.noise_sums[0].index_add_(0, place, report.cross_entropy_M)
         self.noise_sums[1].index_add_(0, place, torch.ones_like(report.cross_entropy_M))
-        tenth_T = document_tenths(batch)
-        for layer, aux in enumerate(report.experts):
-            places = (tenth_T[:, None] * self.experts + aux.expert_index_Tk).flatten()
-            self.position_counts_LPE[layer] += torch.bincount(
-                places, minlength=POSITION_BINS * self.experts).view(POSITION_BINS, self.experts)
-            self.router_entropy += aux.entropy_sum / self.layers
+        self.expert_use.add(report, document_tenths(batch), place)
 
     def count(self, trained_tokens: int, tokens: int) -> None:
         """The global batch of one step."""
@@ -82,30 +78,22 @@ class StepMetrics:
     def reduce(self) -> dict:
         """Means since the last call, over all ranks. A collective."""
         names = list(self.terms)
-        parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
-                 self.position_counts_LPE.flatten(),
-                 torch.stack([self.router_entropy, self.loss]),
-                 self.traffic.float(), torch.tensor([self.flops / 1e12], device=self.device)]
-        flat = torch.cat(parts)
+        parts = [torch.stack([self.terms[name] for name in names]), self.noise_sums.flatten(),
+                 self.expert_use.flat(), self.loss[None], self.traffic,
+                 torch.tensor([self.flops / 1e12], device=self.device)]
+        flat = torch.cat([part.double() for part in parts])
         torch.distributed.all_reduce(flat)
         sizes = [part.numel() for part in parts]
-        terms, noise, by_position, (entropy, loss), traffic, (teraflops,) = flat.cpu().split(sizes)
+        terms, noise, expert_use, loss, traffic, teraflops = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
         line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
                 for name, value in zip(names, terms, strict=True)}
         line = {"loss": float(loss) / self.steps, **line}
         sums, number = noise.view(2, NOISE_BINS)
-        counts_LPE = by_position.view(self.layers, POSITION_BINS, self.experts)
-        counts_LE = counts_LPE.sum(1)
-        share_LE = counts_LE / counts_LE.sum(1, keepdim=True)
-        variation_L = share_LE.std(1, unbiased=False) / share_LE.mean(1)
         line |= {
             "cross_entropy_by_noise": [round(float(s / n), 5) if n else None
                                        for s, n in zip(sums, number, strict=True)],
-            "expert_share": _shares(counts_LE),
-            "expert_share_by_position": _shares(counts_LPE),
-            "expert_variation_worst": float(variation_L.max()),
-            "router_entropy": float(entropy) / self.tokens,
+            **self.expert_use.summary(expert_use, self.tokens),
             "tokens_per_s": self.tokens / seconds,
             "trained_tokens_per_s": self.trained_tokens / seconds,
             "tflops_per_s": float(teraflops) / seconds,
@@ -125,11 +113,6 @@ def document_tenths(batch: PackedBatch) -> torch.Tensor:
     length_D = torch.zeros(batch.documents, dtype=torch.int64, device=batch.position_T.device)
     length_D.scatter_reduce_(0, batch.document_T, batch.position_T + 1, "amax")
     return batch.position_T * POSITION_BINS // length_D[batch.document_T]
-
-
-def _shares(counts: torch.Tensor) -> list:
-    """Counts over experts (the last dimension) as rounded shares; zeros where nothing was counted."""
-    return (counts / counts.sum(-1, keepdim=True).clamp_min(1)).double().round(decimals=4).tolist()
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -172,7 +155,7 @@ class MetricsLog:
         for name, value in values.items():
             if isinstance(value, int | float) and not isinstance(value, bool):
                 self._draw(f"{kind}/{name}", value, step)
-            elif name == "cross_entropy_by_noise":
+            elif name in _DRAWN_BY_INDEX:
                 for index, part in enumerate(value):
                     if part is not None:
                         self._draw(f"{kind}/{name}/{index}", part, step)

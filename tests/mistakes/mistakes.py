@@ -300,6 +300,11 @@ MISTAKES = [
             files={"train.jsonl": _documents(20, 2, 1) + _documents(20, 90, 40)}),
     Mistake("Said, not refused", "ZeRO stage 0", "ds.json: zero_optimization.stage 0 -> 1: …", 0,
             ds={"zero_optimization": {"stage": 0}}),
+    Mistake("Said, not refused", "experts that hardly get a token", "step …: warning: expert … got less than 10% of an "
+            "equal share of the tokens over the last 10 lines of metrics and hardly learn: raise "
+            "model.moe.balance_weight, or lower model.moe.experts", 0,
+            set=("train.steps=12", "optim.lr=0.1", "model.moe.experts=8", "model.moe.top_k=1",
+                 "model.moe.balance_weight=0.0")),
     Mistake("Said, not refused", "a damaged checkpoint", "passing over a damaged checkpoint: …/step-00000002 has no "
             "readable manifest.json (…): it was never completed", 0, resumes=True,
             files={"run/checkpoints/step-00000002/manifest.json": "{"}),

@@ -33,8 +33,10 @@ SCORES = {"documents": 2, "rouge1": 17.7, "rouge2": 2.0, "rougeL": 13.1, "distin
 def train_line(step: int, seconds: float) -> dict:
     return {"kind": "train", "step": step, "loss": 5 - step / 100, "cross_entropy": 4.9 - step / 100, "balance": 1.02,
             "router_z": 3.0, "cross_entropy_by_noise": [1 + step / 50, None, 3.0],
-            "expert_share": [[0.5, 0.25, 0.25, 0.0], [0.25, 0.25, 0.25, 0.25]],
+            "expert_tokens": [[500, 250, 250, 0], [250, 250, 250, 250]],
             "expert_share_by_position": [[[0.25, 0.75, 0.0, 0.0]] * 10, [[0.25] * 4] * 10],
+            "expert_share_by_noise": [[[0.0, 0.0, 0.25, 0.75]] * 10, [[0.25] * 4] * 10],
+            "router_entropy_by_layer": [1.1, 1.3], "dead_experts": 1,
             "expert_variation_worst": 0.7, "router_entropy": 1.2, "tokens_per_s": 1000.0 * step,
             "trained_tokens_per_s": 300.0 * step,
             "memory_gb": 1.25, "lr": 1e-3, "gradient_norm": math.nan if step == 20 else 0.5, "epoch": 0.5,
@@ -53,6 +55,7 @@ def write_run(folder: Path, *, lines: bool = True, finished: bool = True, texts:
         means = {f"cross_entropy_{name}": sum(values) / 3 for name, values in BY_LEVEL.items()}
         records += [{"kind": "eval", "step": step, **means, "log_snr": LEVELS, "by_level": BY_LEVEL, "tokens": 9,
                      "levels_averaged": 3} for step in (20, 40)]
+        records.append({"kind": "event", "step": 20, "event": "experts starve", "layer_and_expert": [[0, 3]]})
         text = "".join(json.dumps(record) + "\n" for record in records)
         (folder / "metrics.jsonl").write_text(text + '{"kind": "train", "st')  # its writer is in the middle of a line
     if finished:
@@ -116,7 +119,8 @@ def test_a_finished_run_shows_every_part(tmp_path):
                         "Optimisation", "Speed"]
     for words in ("tiny, long_doc", "40 of 40", "3 min 50 s", "cpu_band (why)", "torch 2.13.0", "0123456789ab ",
                   "first 50 words", "17.3", "reference 2", "log-SNR -2.50", "fills the canvas", "empty",
-                  "trainer/run.py --preset tiny", "Layer 1, by position"):
+                  "trainer/run.py --preset tiny", "Layer 1, by position", "Layer 1, by noise", "Dead experts",
+                  "Starved: expert 3 of layer 0 (step 20)."):
         assert words in page.words, words
     assert "class=missing" not in page.source and "log-SNR -1.50" not in page.words  # no training token fell there
     assert "<script" not in page.source and HOSTILE in page.words

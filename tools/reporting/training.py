@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from html import escape
 
 import numpy as np
 
@@ -22,7 +23,7 @@ _SPEEDS = {"tokens_per_s": ("Tokens per second", "tokens/s"),
            "trained_tokens_per_s": ("Trained tokens per second", "tokens/s"),
            "tflops_per_s": ("Useful arithmetic", "TFLOP/s"), "mfu": ("Share of the peak (MFU)", "share"),
            "memory_gb": ("Peak memory of the first rank", "GB")}
-_MOST_LAYERS, _MOST_COLUMNS, _MOST_CELLS = 12, 60, 12_000
+_MOST_LAYERS, _MOST_COLUMNS, _MOST_CELLS, _MOST_STARVED = 12, 60, 12_000, 12
 
 
 def losses(runs: Sequence[Run]) -> str:
@@ -59,16 +60,21 @@ def _numbered(bins: int) -> tuple[str, ...]:
 
 
 def _level_names(run: Run, bins: int) -> Sequence[str]:
-    """log-SNR at the middle of each training bin. The bins slice the log-SNR's range equally, and the evaluation's
-    levels are middles of slices of the same range where log-SNR is linear in time."""
+    middles = _level_middles(run, bins)
+    return [f"log-SNR {middle:.2f}" for middle in middles] if middles else _numbered(bins)
+
+
+def _level_middles(run: Run, bins: int) -> list[float]:
+    """log-SNR at the middle of each training bin, [] where it is not known. The bins slice the log-SNR's range equally,
+    and the evaluation's levels are middles of slices of the same range where log-SNR is linear in time."""
     evaluation = run.last_evaluation
     linear = run.config.get("model", {}).get("diffusion", {}).get("schedule") == "log_snr"
     if not linear or evaluation is None or len(evaluation["log_snr"]) < 2:
-        return _numbered(bins)
+        return []
     levels = evaluation["log_snr"]
     slice_ = (levels[0] - levels[-1]) / (len(levels) - 1)
     high, width = levels[0] + slice_ / 2, slice_ * len(levels) / bins
-    return [f"log-SNR {high - (index + 0.5) * width:.2f}" for index in range(bins)]
+    return [high - (index + 0.5) * width for index in range(bins)]
 
 
 def evaluation(runs: Sequence[Run]) -> str:
@@ -117,57 +123,75 @@ def _level_table(run: Run, named: bool) -> str:
 
 def experts(runs: Sequence[Run]) -> str:
     """How evenly each layer's experts are used."""
-    done = [run for run in runs if any("expert_share" in line for line in run.of_kind("train"))]
+    done = [run for run in runs if any("expert_tokens" in line for line in run.of_kind("train"))]
     if not done:
         return missing("No use of experts in metrics.jsonl: this version of the trainer writes it")
     measures = (("expert_variation_worst", "Variation of the most uneven layer", "std / mean",
                  "Of the experts' shares of the tokens; 0 where all are used equally."),
                 ("router_entropy", "Router entropy", "nats per token",
-                 "At most the logarithm of the number of experts, where the router has no preference."))
+                 "At most the logarithm of the number of experts, where the router has no preference."),
+                ("dead_experts", "Dead experts", "experts",
+                 "Of all layers; without a single token since the line of metrics before."))
     drawn = [_over_steps(runs, *measure, from_zero=True) for measure in measures if _any(runs, measure[0])]
     key = ("<p class=note>Share of a layer's tokens that each expert gets:</p>"
            + shade_key("none", "an equal share", "twice that or more"))
     return _figures(drawn) + key + "".join(_use(run, len(runs) > 1) for run in done)
 
 
-def _by_position(run: Run, named: bool, layers: Sequence[int]) -> list[str]:
-    """Which experts the beginnings, middles and ends of documents go to, since the last line of metrics but one."""
-    shares = [line["expert_share_by_position"] for line in run.of_kind("train") if "expert_share_by_position" in line]
-    if not shares:
-        return []
-    equal_LPE = np.array(shares[-1])
-    equal_LPE = equal_LPE * equal_LPE.shape[-1]
-    percent = [100 * (tenth + 0.5) / equal_LPE.shape[1] for tenth in range(equal_LPE.shape[1])]
-    return [heat_map(f"{run.name}, layer {layer}, by position" if named else f"Layer {layer}, by position", percent,
-                     [(str(expert), row) for expert, row in enumerate(equal_LPE[layer].T.tolist())],
-                     lambda share: share / 2, y="expert", x="place in the document, %")
-            for layer in layers]
-
-
 def _use(run: Run, named: bool) -> str:
-    """Letters: S lines of metrics, L layers, E experts."""
-    lines_with = [line for line in run.of_kind("train") if "expert_share" in line]
+    """Letters: S lines of metrics, L layers, E experts, C columns of a map, B bins."""
+    lines_with = [line for line in run.of_kind("train") if "expert_tokens" in line]
     step_S = [line["step"] for line in lines_with]
-    equal_SLE = np.array([line["expert_share"] for line in lines_with])
+    tokens_SLE = np.array([line["expert_tokens"] for line in lines_with], dtype=float)
+    equal_SLE = tokens_SLE / tokens_SLE.mean(-1, keepdims=True)  # 1 is an equal share
     layers, count = equal_SLE.shape[1:]
-    equal_SLE *= count  # 1 is an equal share
     shown = np.unique(np.linspace(0, layers - 1, min(layers, _MOST_LAYERS)).round().astype(int)).tolist()
     columns = max(10, min(_MOST_COLUMNS, _MOST_CELLS // (len(shown) * count)))
     groups = np.array_split(np.arange(len(step_S)), min(columns, len(step_S)))
-    maps = []
+    last = lines_with[-1]
+    by_position_LBE = count * np.array(last["expert_share_by_position"])
+    by_noise_LBE = count * np.array(last["expert_share_by_noise"])
+    tenths, levels = by_position_LBE.shape[1], by_noise_LBE.shape[1]
+    percent = [100 * (tenth + 0.5) / tenths for tenth in range(tenths)]
+    middles = _level_middles(run, levels) or range(1, levels + 1)
+    over_steps, by_bin = [], []
     for layer in shown:
+        name = f"{run.name}, layer {layer}" if named else f"Layer {layer}"
         means_EC = np.stack([equal_SLE[group, layer].mean(0) for group in groups], axis=1)
-        maps.append(heat_map(f"{run.name}, layer {layer}" if named else f"Layer {layer}",
-                             [step_S[group[-1]] for group in groups],
-                             [(str(expert), row) for expert, row in enumerate(means_EC.tolist())],
-                             lambda share: share / 2, y="expert"))
-    maps += _by_position(run, named, shown)
-    rows = [(str(layer), f"{equal_E.std():.3f}", f"{equal_E.min():.2f}", f"{equal_E.max():.2f}",
-             " ".join(f"{share:.1f}" for share in 100 / count * equal_E))
-            for layer, equal_E in enumerate(equal_SLE[-1])]
-    title = f"Step {step_S[-1]:,}" + (f", {run.name}" if named else "") + ": use of experts by layer"
-    return _figures(maps) + table(title, ("layer", "variation", "least / equal", "most / equal", "shares in %"), rows,
-                                  numbers=True)
+        over_steps.append(_map_of_experts(name, [step_S[group[-1]] for group in groups], means_EC, "step"))
+        by_bin += [
+            _map_of_experts(f"{name}, by position", percent, by_position_LBE[layer].T, "place in the document, %"),
+            _map_of_experts(f"{name}, by noise", middles, by_noise_LBE[layer].T, "noise level, from clean to noisy")]
+    return (_figures(over_steps) + _starved(run, named) + _figures(by_bin)
+            + _use_table(run.name if named else "", last, equal_SLE[-1]))
+
+
+def _use_table(name: str, line: dict, equal_LE: np.ndarray) -> str:
+    rows = [(str(layer), f"{equal_E.std():.3f}", f"{line['router_entropy_by_layer'][layer]:.2f}",
+             str((equal_E == 0).sum()), f"{equal_E.min():.2f}", f"{equal_E.max():.2f}",
+             " ".join(f"{share:.1f}" for share in 100 * equal_E / equal_E.size))
+            for layer, equal_E in enumerate(equal_LE)]
+    columns = ("layer", "variation", "entropy", "dead", "least / equal", "most / equal", "shares in %")
+    return table(f"Step {line['step']:,}" + (f", {name}" if name else "") + ": use of experts by layer", columns, rows,
+                 numbers=True)
+
+
+def _map_of_experts(title: str, columns: Sequence[float], equal_EC: np.ndarray, x: str) -> str:
+    """equal_EC: shares, 1 being an equal one."""
+    return heat_map(title, columns, [(str(expert), row) for expert, row in enumerate(equal_EC.tolist())],
+                    lambda share: share / 2, y="expert", x=x)
+
+
+def _starved(run: Run, named: bool) -> str:
+    """The warnings of starving experts that the run gave."""
+    told = [(event["step"], *place) for event in run.of_kind("event") if event.get("event") == "experts starve"
+            for place in event["layer_and_expert"]]
+    if not told:
+        return ""
+    texts = [f"expert {expert} of layer {layer} (step {step:,})" for step, layer, expert in told[:_MOST_STARVED]]
+    if len(told) > len(texts):
+        texts.append(f"{len(told) - len(texts)} more")
+    return f"<p class=note>Starved{escape(f' in {run.name}') if named else ''}: {', '.join(texts)}.</p>"
 
 
 def optimisation(runs: Sequence[Run]) -> str:
