@@ -7,6 +7,7 @@ import torch
 
 from model.config import MoEConfig
 from model.errors import BackendUnavailable, ConfigError
+from model.moe import megablocks
 from model.moe.backends import BACKENDS, choose_backend
 from model.moe.experts import Experts
 from model.moe.layer import MoELayer
@@ -79,7 +80,7 @@ def test_auto_takes_cpu_on_the_cpu(dtype):
     ("grouped_mm", "cpu", torch.float64, 32, 48, r"no torch\.float64 on cpu"),
     ("grouped_mm", "cuda", torch.float32, 32, 48, r"no torch\.float32 on cuda"),
     ("cpu", "cuda", torch.bfloat16, 32, 48, "the model is on cuda"),
-    ("megablocks", "cpu", torch.float32, 32, 48, "the model is on cpu, where Triton's kernels"),
+    ("megablocks", "cpu", torch.float32, 40, 48, "the model is on cpu, where Triton's kernels"),
     ("megablocks", "cuda", torch.float32, 32, 48, r"no torch\.float32 on cuda"),
 ])
 def test_a_name_never_falls_back(name, device, dtype, width, ffn, message):
@@ -95,6 +96,12 @@ def test_the_layer_refuses_what_cannot_run():
     layer.init_weights(0, 0)
     with pytest.raises(BackendUnavailable):
         layer(torch.randn(3, 34), torch.zeros(3, dtype=torch.int64), 1)
+
+
+def test_more_elements_than_32_bits_count_are_refused():
+    order = megablocks.Order(torch.empty(2 ** 22, device="meta"), torch.empty(0), torch.empty(0), 2)
+    with pytest.raises(ConfigError, match=r"32 bits.* = 4194304 x 512 are more"):
+        megablocks.scatter_to_experts(torch.empty(2 ** 21, 512, device="meta"), order)
 
 
 def test_an_unknown_name_is_an_error_that_lists_the_names():
