@@ -202,8 +202,9 @@ MISTAKES = [
     Mistake("Kernels", "an attention backend that does not exist", "model.attention.backend: 'triton' is not a "
             "backend; choose auto, flash_attn, torch_flash, cpu_band, reference",
             set=("model.attention.backend=triton",)),
-    Mistake("Kernels", "an expert backend of GPUs on a CPU", "model.moe.backend: 'megablocks' cannot run here: the model is "
-            "on cpu, …. Use model.moe.backend = auto, which would choose 'cpu'", set=("model.moe.backend=megablocks",)),
+    Mistake("Kernels", "an expert backend of GPUs on a CPU", "model.moe.backend: 'megablocks' cannot run here: the "
+            "model is on cpu, …. Use model.moe.backend = auto, which would choose 'cpu'",
+            set=("model.moe.backend=megablocks",)),
     Mistake("Kernels", "an expert backend that cannot take the widths", "model.moe.backend: 'grouped_mm' cannot run "
             "here: model.moe.ffn or model.moe.shared_ffn = 33 must be a multiple of 4 for torch.float32. Use "
             "model.moe.backend = auto, which would choose 'cpu'",
