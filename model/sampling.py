@@ -70,7 +70,7 @@ class _Network:
 
     def __init__(self, model: DiffusionLM, batch: PackedBatch, device: torch.device | str):
         self.model, self.copies, self.device = model, batch.sample_C.numel(), device
-        dtype = model.denoiser.side.dtype
+        dtype = model.embedding.dtype
         self.cached = model.config.diffusion.conditioning == "cached"
         if not self.cached:
             self.batch, self.plan = batch.to(device), model.prepare(batch, device=device, dtype=dtype).to(device)

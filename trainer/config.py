@@ -136,6 +136,10 @@ class RunConfig:
         need(self.model.diffusion.conditioning == "cached" or self.data.draws_per_source == 1,
              "data.draws_per_source", f"is {self.data.draws_per_source}, but in joint conditioning a source "
              "has one noised copy: set it to 1, or model.diffusion.conditioning to cached")
+        longest = self.data.longest_document()
+        need(self.model.network != "bert" or longest <= self.model.max_positions, "model.max_positions",
+             f"is {self.model.max_positions}, but a document may have {longest} tokens: raise it, or lower "
+             "data.max_source_tokens")
         positive = {"optim.lr": o.lr, "optim.eps": o.eps, "train.steps": t.steps,
                     "train.log_every": t.log_every, "train.expert_parallel_size": t.expert_parallel_size,
                     "sample.steps": s.steps,

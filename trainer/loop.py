@@ -12,6 +12,7 @@ from dataclasses import replace
 import torch
 from tqdm import tqdm
 
+from model.diffusion.loss_second_moment import LossSecondMoment
 from model.diffusion_lm import DiffusionLM
 from model.flops import training_flops
 from model.moe.parallel import ExpertGroup
@@ -64,11 +65,14 @@ class TrainingRun:
         model.prior_count_V.copy_(torch.from_numpy(samples.canvas_counts()))
         if folder.init_from is not None:
             load_weights(model, model_folder(folder.init_from))
+        d = run.model.diffusion
+        self.times = LossSecondMoment(d.steps) if d.time_sampling == "loss_second_moment" else None
         self.engine = Engine(model, run, ds, ranks)
         self.model = self.engine.model
         self.step = self.resumed_at = self._resume()
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
-        self.metrics = StepMetrics(self.model.schedule, run.model.layers, run.model.moe.experts, ranks.device,
+        moe_layers = run.model.layers if run.model.network == "sparse" else 0
+        self.metrics = StepMetrics(self.model.schedule, moe_layers, run.model.moe.experts, ranks.device,
                                    peak_flops(ranks.device, self.engine.dtype), self.expert_group)
 
     def train(self) -> bool:
@@ -107,17 +111,24 @@ class TrainingRun:
 
     def _train_step(self, info: StepInfo, micro_batches: list) -> float:
         model, seed, device = self.model, self.run.train.seed, self.ranks.device
+        losses = torch.zeros(2, micro_batches[0].strata, dtype=torch.float64, device=device)
         for index, batch in enumerate(micro_batches):
             plan = model.prepare(batch, device=device, dtype=self.engine.dtype).to(device)
-            draw = training_draw(batch, self.run.model, seed, self.step).to(device)
+            draw = training_draw(batch, self.run.model, seed, self.step, self.times).to(device)
             batch = batch.to(device)
             sent = self.expert_group.sent_bytes
             report = self.engine.forward_backward(batch, plan, draw, info.loss_tokens, info.tokens)
             self._check_finite(report.total)
             self.metrics.add(report, batch, training_flops(self.run.model, plan, batch.sample_C.numel()),
                              self.expert_group.sent_bytes - sent)
+            if self.times is not None:
+                losses[:, batch.stratum_C] = torch.stack((draw.time_C, report.loss_C)).double()
             self.engine.accumulate(last=index == len(micro_batches) - 1)
         rate = self.engine.update(self.step)
+        if self.times is not None:
+            torch.distributed.all_reduce(losses)  # every copy's place in the global batch is one rank's
+            time_S, loss_S = losses.cpu()
+            self.times.observe(self.model.schedule.step(time_S), loss_S)
         self.metrics.count(info.loss_tokens, info.tokens)
         return rate
 
@@ -134,7 +145,7 @@ class TrainingRun:
         line |= {"lr": rate, "gradient_norm": self.engine.gradient_norm, "epoch": info.epoch,
                  "seconds": self.folder.seconds()}
         self.log.write("train", self.step, line)
-        shown = {"ce": line["cross_entropy"], "balance": line["balance"], "gnorm": line["gradient_norm"]}
+        shown = {"loss": line["loss"], "ce": line["cross_entropy"], "gnorm": line["gradient_norm"]}
         bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | {
             "tok/s": f"{line['tokens_per_s']:,.0f}"})
 
@@ -178,6 +189,8 @@ class TrainingRun:
 
     def save(self) -> None:
         facts = {"topology": topology(self.run, self.ds, self.ranks.world)}
+        if self.times is not None:
+            facts["time_sampling"] = self.times.state()
         started = time.perf_counter()
         path = checkpoint.save(self.folder.path, self.step, facts, self.engine.save, self.ranks,
                                self.run.train.keep_last, self.run.train.keep_every)
@@ -191,6 +204,8 @@ class TrainingRun:
         path, manifest = found
         check_same(path, manifest["topology"], topology(self.run, self.ds, self.ranks.world))
         self.engine.load(path)
+        if self.times is not None:
+            self.times.load(manifest["time_sampling"])
         self.say(f"resumed from {path}")
         return manifest["step"]
 

@@ -21,13 +21,13 @@ from model.moe.parallel import ExpertGroup
 from trainer.expert_traffic import count_traffic, traffic_line
 
 NOISE_BINS = POSITION_BINS = 10
-PER_TRAINED_TOKEN = ("cross_entropy", "mse", "rounding")
 
 
 class StepMetrics:
     """Accumulates loss reports between two lines of metrics.
 
-    All sums are over this rank's share; `reduce` adds the ranks' shares and divides by the global counts.
+    All sums are over this rank's share; `reduce` adds the ranks' shares and divides by the global counts. layers:
+    those with experts, of which there may be none.
     """
 
     def __init__(self, schedule: NoiseSchedule, layers: int, experts: int, device: torch.device,
@@ -91,21 +91,20 @@ class StepMetrics:
         sizes = [part.numel() for part in parts]
         terms, noise, by_position, (entropy, loss), traffic, (teraflops,) = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
-        line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
-                for name, value in zip(names, terms, strict=True)}
+        line = {name: float(value) / self.steps for name, value in zip(names, terms, strict=True)}
         line = {"loss": float(loss) / self.steps, **line}
         sums, number = noise.view(2, NOISE_BINS)
-        counts_LPE = by_position.view(self.layers, POSITION_BINS, self.experts)
-        counts_LE = counts_LPE.sum(1)
-        share_LE = counts_LE / counts_LE.sum(1, keepdim=True)
-        variation_L = share_LE.std(1, unbiased=False) / share_LE.mean(1)
+        if self.layers:
+            counts_LPE = by_position.view(self.layers, POSITION_BINS, self.experts)
+            counts_LE = counts_LPE.sum(1)
+            share_LE = counts_LE / counts_LE.sum(1, keepdim=True)
+            variation_L = share_LE.std(1, unbiased=False) / share_LE.mean(1)
+            line |= {"expert_share": _shares(counts_LE), "expert_share_by_position": _shares(counts_LPE),
+                     "expert_variation_worst": float(variation_L.max()),
+                     "router_entropy": float(entropy) / self.tokens}
         line |= {
             "cross_entropy_by_noise": [round(float(s / n), 5) if n else None
                                        for s, n in zip(sums, number, strict=True)],
-            "expert_share": _shares(counts_LE),
-            "expert_share_by_position": _shares(counts_LPE),
-            "expert_variation_worst": float(variation_L.max()),
-            "router_entropy": float(entropy) / self.tokens,
             "tokens_per_s": self.tokens / seconds,
             "trained_tokens_per_s": self.trained_tokens / seconds,
             "tflops_per_s": float(teraflops) / seconds,

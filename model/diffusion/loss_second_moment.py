@@ -1,0 +1,59 @@
+"""Time sampling by the second moment of the loss, as improved-diffusion and the original DiffuSeq do it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+KEPT = 10
+"""Losses that are remembered of each step."""
+UNIFORM_SHARE = 0.001
+"""Share of the draws that is spread evenly over all steps."""
+
+
+class LossSecondMoment:
+    """Draws the steps 0..T-1 of discrete time in proportion to sqrt(mean loss^2) of their last ten losses (Nichol &
+    Dhariwal 2021, section 3.3, equation 18), once each has as many; evenly until then.
+
+    A loss counts by its importance weight 1 / (T p_step), so that its expectation is that of even draws. Everything
+    is float64 on the CPU. `seen_T` counts each step's losses so far; the n-th of them stands in `losses_TK` at n mod
+    KEPT until another takes its place.
+    """
+
+    def __init__(self, steps: int):
+        self.steps = steps
+        self.losses_TK = torch.zeros(steps, KEPT, dtype=torch.float64)
+        self.seen_T = torch.zeros(steps, dtype=torch.int64)
+
+    def probabilities(self) -> Tensor:
+        """p [T]."""
+        if (self.seen_T < KEPT).any():
+            return torch.full((self.steps,), 1 / self.steps, dtype=torch.float64)
+        moment_T = self.losses_TK.square().mean(1).sqrt()
+        return moment_T / moment_T.sum() * (1 - UNIFORM_SHARE) + UNIFORM_SHARE / self.steps
+
+    def draw(self, uniform_C: Tensor) -> tuple[Tensor, Tensor]:
+        """From even numbers in [0, 1), the times [C] in the middle of their steps, and the importance weights [C]."""
+        p_T = self.probabilities()
+        step_C = torch.searchsorted(p_T.cumsum(0), uniform_C.double(), right=True).clamp(max=self.steps - 1)
+        return ((step_C + 0.5) / self.steps).float(), (1 / (self.steps * p_T[step_C])).float()
+
+    def observe(self, step_N: Tensor, loss_N: Tensor) -> None:
+        """Remembers losses in the order given."""
+        order_N = torch.argsort(step_N, stable=True)
+        step_N, loss_N = step_N[order_N], loss_N[order_N]
+        new_T = torch.bincount(step_N, minlength=self.steps)
+        place_N = torch.arange(len(step_N)) - (new_T.cumsum(0) - new_T)[step_N]  # among the new ones of its step
+        last_N = place_N >= new_T[step_N] - KEPT
+        slot_N = (self.seen_T[step_N] + place_N) % KEPT
+        self.losses_TK[step_N[last_N], slot_N[last_N]] = loss_N[last_N].double()
+        self.seen_T += new_T
+
+    def state(self) -> dict:
+        """Everything that a checkpoint must keep, ready for JSON."""
+        return {"losses": self.losses_TK.tolist(), "seen": self.seen_T.tolist()}
+
+    def load(self, state: dict) -> None:
+        """Goes on from what `state` returned."""
+        self.losses_TK = torch.tensor(state["losses"], dtype=torch.float64)
+        self.seen_T = torch.tensor(state["seen"])
