@@ -171,7 +171,7 @@ class ModelConfig:
         need(self.vocab_size > 0, "model.vocab_size", "is not known: give a tokenizer or a positive number")
         need(self.width % a.heads == 0, "model.attention.heads",
              f"{a.heads} heads do not divide model.width = {self.width}: choose a number that does")
-        need(self.head_dim % 8 == 0 or a.backend == "reference" and self.head_dim % 2 == 0, "model.attention.heads",
+        need(self.head_dim % 8 == 0 or (a.backend == "reference" and self.head_dim % 2 == 0), "model.attention.heads",
              f"width {self.width} / {a.heads} heads gives head width {self.head_dim}; it must be a multiple of 8, or "
              "even with model.attention.backend = reference")
         need(self.time_dim % 2 == 0, "model.time_dim", f"must be even, not {self.time_dim}")

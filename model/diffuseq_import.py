@@ -28,7 +28,8 @@ def original_config(arguments: dict, bert: dict) -> ModelConfig:
             raise ConfigError(key, problem)
 
     need(bert.get("hidden_act", "gelu") == "gelu", "hidden_act", f"is {bert.get('hidden_act')}, must be gelu")
-    need(bert.get("layer_norm_eps", 1e-12) == 1e-12, "layer_norm_eps", f"is {bert.get('layer_norm_eps')}, must be 1e-12")
+    need(bert.get("layer_norm_eps", 1e-12) == 1e-12, "layer_norm_eps",
+         f"is {bert.get('layer_norm_eps')}, must be 1e-12")
     need(arguments["noise_schedule"] in ("sqrt", "cosine", "linear"), "noise_schedule",
          f"is {arguments['noise_schedule']}, must be sqrt, cosine or linear")
     need(arguments.get("predict_xstart", True), "predict_xstart", "is false: the network must predict embeddings")

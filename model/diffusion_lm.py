@@ -147,7 +147,7 @@ class DiffusionLM(nn.Module):
             table_VE = nn.functional.normalize(table_VE, dim=-1) * self.config.embed_dim ** 0.5
         return table_VE if self.absorbing is None else table_VE - self.absorbing.to(table_VE.dtype)
 
-    def _unshifted(self, x: Tensor) -> Tensor:
+    def unshifted(self, x: Tensor) -> Tensor:
         """From the shifted coordinates, in which noise is added, to those of the embedding table."""
         return x if self.absorbing is None else x + self.absorbing.to(x.dtype)
 
@@ -239,7 +239,7 @@ class DiffusionLM(nn.Module):
                  "rounding": nn.functional.cross_entropy(self.logits(clean_SE, rows_VE), answer_S, reduction="none")}
         if d.terminal_loss:
             left = alpha_sigma(torch.tensor(self.schedule.low, dtype=torch.float64))[0].item()
-            parts["terminal"] = (left * self._unshifted(clean_SE)).square().mean(-1)
+            parts["terminal"] = (left * self.unshifted(clean_SE)).square().mean(-1)
         return parts
 
     def context_free_cross_entropy(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw) -> Tensor:
@@ -280,7 +280,7 @@ class DiffusionLM(nn.Module):
                 previous_TE = previous_TE.index_copy(0, plan.target_N, guess_NE)
             inputs_TE = torch.cat((inputs_TE, previous_TE), dim=-1)
         if self.config.network == "bert":
-            inputs_TE = self._unshifted(inputs_TE)
+            inputs_TE = self.unshifted(inputs_TE)
         hidden_TD, cache, experts = self.denoiser(inputs_TE, log_snr_C, plan.stream,
                                                   **({} if draw is None else draw.for_network()))
         prior = prior_NV
@@ -305,7 +305,7 @@ class DiffusionLM(nn.Module):
         ended, its end token says so."""
         if self.config.network == "bert":
             return self._without_filler(nn.functional.linear(
-                self._unshifted(output), self._unshifted(rows_VE), self.token_bias.to(output.dtype)))
+                self.unshifted(output), self.unshifted(rows_VE), self.token_bias.to(output.dtype)))
         return self._without_filler(output if self.predicts_tokens else output @ rows_VE.T)
 
     def _without_filler(self, logits_NV: Tensor) -> Tensor:
