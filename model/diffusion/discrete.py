@@ -22,10 +22,10 @@ _SIGNAL: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def betas(schedule: str, steps: int) -> Tensor:
-    """float64 [T]: schedule is sqrt, cosine (both cut at 0.999) or linear."""
+    """float64 [T] on the CPU: schedule is sqrt, cosine (both cut at 0.999) or linear."""
     if schedule == "linear":  # from 1e-4 to 0.02 at T = 1000, scaled to the same noise at any T
-        return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64)
-    signal_I = _SIGNAL[schedule](torch.arange(steps + 1, dtype=torch.float64) / steps)
+        return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64, device="cpu")
+    signal_I = _SIGNAL[schedule](torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps)
     return (1 - signal_I[1:] / signal_I[:-1]).clamp(max=_BETA_LIMIT)
 
 
@@ -40,7 +40,7 @@ class DiscreteProcess:
     def __init__(self, beta_I: Tensor, kept: list[int] | None = None):
         self.betas, self.kept = beta_I, list(range(len(beta_I))) if kept is None else kept
         self.alpha_bar = torch.cumprod(1 - beta_I, 0)
-        before = torch.cat((torch.ones(1, dtype=torch.float64), self.alpha_bar[:-1]))
+        before = torch.cat((beta_I.new_ones(1), self.alpha_bar[:-1]))
         self.alpha_bar_before = before
         self.mean_clean = beta_I * before.sqrt() / (1 - self.alpha_bar)
         self.mean_noisy = (1 - before) * (1 - beta_I).sqrt() / (1 - self.alpha_bar)
@@ -53,7 +53,7 @@ class DiscreteProcess:
     def respaced(self, kept: list[int]) -> DiscreteProcess:
         """The process that visits only the steps listed, ascending, at the same noise levels."""
         signal = self.alpha_bar[kept]
-        before = torch.cat((torch.ones(1, dtype=torch.float64), signal[:-1]))
+        before = torch.cat((signal.new_ones(1), signal[:-1]))
         return DiscreteProcess(1 - signal / before, [self.kept[step] for step in kept])
 
 

@@ -30,7 +30,7 @@ class NoiseSchedule:
         if self.steps:
             alpha_bar_I = DiscreteProcess(betas(self.name, self.steps)).alpha_bar
             self._tables = {torch.device("cpu"): 0.5 * alpha_bar_I.log()}  # log alpha of every step, on each device
-            self.low, self.high = torch.logit(alpha_bar_I[[-1, 0]]).tolist()
+            self.low, self.high = (torch.logit(alpha_bar_I[end]).item() for end in (-1, 0))
         else:
             self.low, self.high = config.log_snr_range() if self.name == "log_snr" else (-_LIMIT, _LIMIT)
 
