@@ -139,16 +139,16 @@ MISTAKES = [
             "model.network = bert only knows noisy: set it so, or choose model.network = sparse",
             set=("model.network=bert",)),
     Mistake("Run configuration", "documents longer than learned positions", "model.max_positions: is 32, but a "
-            "document may have 64 tokens: raise it, or lower data.max_source_tokens", arguments=("--recipe", "diffuseq"),
-            set=("data.draws_per_source=1", "model.moe.experts=1", "model.max_positions=32")),
+            "document may have 64 tokens: raise it, or lower data.max_source_tokens",
+            arguments=("--recipe", "diffuseq"), set=("data.draws_per_source=1", "model.moe.experts=1", "model.max_positions=32")),
     Mistake("Run configuration", "discrete steps of a continuous schedule", "model.diffusion.steps: log_snr is a "
             "schedule of continuous time: set this to 0, or the schedule to sqrt, cosine or linear",
             set=("model.diffusion.steps=2000",)),
     Mistake("Run configuration", "a loss over sources that predicts tokens", "model.diffusion.loss_over: document "
             "compares predicted embeddings, sources' included: set model.diffusion.loss to mse",
             set=("model.diffusion.loss_over=document",)),
-    Mistake("Run configuration", "DiffuSeq-v2's solver for another network", "sample.solver: diffuseq_v2_compat repeats "
-            "what the original does with its own network: set model.network to bert, or choose another solver",
+    Mistake("Run configuration", "DiffuSeq-v2's solver for another network", "sample.solver: diffuseq_v2_compat "
+            "repeats what the original does with its own network: set model.network to bert, or choose another solver",
             set=("sample.solver=diffuseq_v2_compat",)),
     Mistake("Run configuration", "a learning rate of 0", "optim.lr: must be positive, not 0.0", set=("optim.lr=0",)),
     Mistake("Run configuration", "rows too short for the targets", "data.row_tokens: 16 tokens cannot hold "

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -14,6 +15,7 @@ from model.config import ModelConfig
 from model.diffuseq_import import import_weights, original_config
 from model.diffusion.discrete import DiscreteProcess, betas
 from model.diffusion_lm import DiffusionLM
+from trainer.data.packing import Segment, pack
 
 FOLDER = Path(__file__).parents[2] / "data" / "diffuseq"
 CASES = {case["name"]: case for case in json.loads((FOLDER / "index.json").read_text())["cases"]}
@@ -44,15 +46,14 @@ V2 = {"learned_mean_embed": True, "denoise": True, "denoise_rate": 0.5}
 
 
 def packed(ids_BL: Tensor, mask_BL: Tensor) -> PackedBatch:
-    """The original's rectangular batch as a packed one: a document a row, targets where the mask is 1."""
-    rows, length = ids_BL.shape
-    row_T = torch.arange(rows).repeat_interleave(length)
-    target_T = mask_BL.flatten() == 1
-    return PackedBatch(
-        tokens_T=ids_BL.flatten(), document_T=row_T, position_T=torch.arange(length).repeat(rows), is_target_T=target_T,
-        draw_T=torch.zeros_like(row_T), in_loss_T=target_T & (ids_BL.flatten() != PADDING), row_T=row_T, copy_T=row_T,
-        sample_C=torch.arange(rows), draw_C=torch.zeros(rows, dtype=torch.int64), stratum_C=torch.arange(rows),
-        rows=rows, documents=rows, strata=rows)
+    """The original's rectangular batch as a packed one: a document a row, targets from the first 1 of the mask on."""
+    segments = []
+    for sample, (ids_L, mask_L) in enumerate(zip(ids_BL, mask_BL, strict=True)):
+        target_L = mask_L == 1
+        canvas = ids_L[target_L].numpy()
+        segments.append(Segment(ids_L[~target_L].numpy(), canvas, int((canvas != PADDING).sum()), sample))
+    rows = len(segments)
+    return pack(segments, np.arange(rows), rows, np.arange(rows)[:, None], rows)
 
 
 def process(steps: int) -> DiscreteProcess:
