@@ -140,7 +140,8 @@ MISTAKES = [
             set=("model.network=bert",)),
     Mistake("Run configuration", "documents longer than learned positions", "model.max_positions: is 32, but a "
             "document may have 64 tokens: raise it, or lower data.max_source_tokens",
-            arguments=("--recipe", "diffuseq"), set=("data.draws_per_source=1", "model.moe.experts=1", "model.max_positions=32")),
+            arguments=("--recipe", "diffuseq"),
+            set=("data.draws_per_source=1", "model.moe.experts=1", "model.max_positions=32")),
     Mistake("Run configuration", "discrete steps of a continuous schedule", "model.diffusion.steps: log_snr is a "
             "schedule of continuous time: set this to 0, or the schedule to sqrt, cosine or linear",
             set=("model.diffusion.steps=2000",)),
