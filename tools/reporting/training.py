@@ -122,7 +122,8 @@ def experts(runs: Sequence[Run]) -> str:
     """How evenly each layer's experts are used."""
     done = [run for run in runs if any("expert_share" in line for line in run.of_kind("train"))]
     if not done:
-        return missing("No use of experts in metrics.jsonl: the network has none, or an older version of the trainer wrote it")
+        return missing("No use of experts in metrics.jsonl: the network has none, or an older version of the trainer "
+                       "wrote it")
     measures = (("expert_variation_worst", "Variation of the most uneven layer", "std / mean",
                  "Of the experts' shares of the tokens; 0 where all are used equally."),
                 ("router_entropy", "Router entropy", "nats per token",
