@@ -200,9 +200,9 @@ class DiffusionLM(nn.Module):
         copy_S = batch.copy_T[plan.scored_S]
 
         answer_J = batch.tokens_T[plan.scored_S[plan.judged_J]]
+        judged = output_S if self.predicts_tokens else output_S[plan.judged_J]
         with torch.set_grad_enabled(self.predicts_tokens and torch.is_grad_enabled()):  # or it is only watched
-            cross_entropy_J = nn.functional.cross_entropy(self.logits(output_S[plan.judged_J], rows_VE), answer_J,
-                                                          reduction="none")
+            cross_entropy_J = nn.functional.cross_entropy(self.logits(judged, rows_VE), answer_J, reduction="none")
         terms = {"cross_entropy": (share_J * cross_entropy_J).sum()}
         if self.predicts_tokens:
             loss_S = cross_entropy_J
