@@ -111,7 +111,7 @@ class TrainingRun:
 
     def _train_step(self, info: StepInfo, micro_batches: list) -> float:
         model, seed, device = self.model, self.run.train.seed, self.ranks.device
-        losses = torch.zeros(2, micro_batches[0].strata, dtype=torch.float64, device=device)
+        measured = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(micro_batches):
             plan = model.prepare(batch, device=device, dtype=self.engine.dtype).to(device)
             draw = training_draw(batch, self.run.model, seed, self.step, self.times).to(device)
@@ -122,13 +122,12 @@ class TrainingRun:
             self.metrics.add(report, batch, training_flops(self.run.model, plan, batch.sample_C.numel()),
                              self.expert_group.sent_bytes - sent)
             if self.times is not None:
-                losses[:, batch.stratum_C] = torch.stack((draw.time_C, report.loss_C)).double()
+                measured = measured + self.times.measure(batch, plan, draw, report)
             self.engine.accumulate(last=index == len(micro_batches) - 1)
         rate = self.engine.update(self.step)
         if self.times is not None:
-            torch.distributed.all_reduce(losses)  # every copy's place in the global batch is one rank's
-            time_S, loss_S = losses.cpu()
-            self.times.observe(self.model.schedule.step(time_S), loss_S)
+            torch.distributed.all_reduce(measured)
+            self.times.observe(measured)
         self.metrics.count(info.loss_tokens, info.tokens)
         return rate
 

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+from model.batch import PackedBatch
+
+if TYPE_CHECKING:
+    from model.diffusion_lm import BatchPlan, LossReport, NoiseDraw
 
 KEPT = 10
 """Losses that are remembered of each step."""
@@ -38,8 +45,20 @@ class LossSecondMoment:
         step_C = torch.searchsorted(p_T.cumsum(0), uniform_C.double(), right=True).clamp(max=self.steps - 1)
         return ((step_C + 0.5) / self.steps).float(), (1 / (self.steps * p_T[step_C])).float()
 
-    def observe(self, step_N: Tensor, loss_N: Tensor) -> None:
-        """Remembers losses in the order given."""
+    def measure(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw, report: LossReport) -> Tensor:
+        """float64 [2, strata]: time and loss of a micro-batch's copies at their places in the global batch, zeros
+        elsewhere. To be added up over micro-batches and ranks."""
+        measured = torch.zeros(2, batch.strata, dtype=torch.float64, device=report.loss_C.device)
+        measured[:, batch.stratum_C] = torch.stack((draw.time_C, report.loss_C)).double()
+        return measured
+
+    def observe(self, measured: Tensor) -> None:
+        """Learns from what was measured in one step of training, all of the global batch."""
+        time_N, loss_N = measured.cpu()
+        self.remember((time_N * self.steps).long(), loss_N)
+
+    def remember(self, step_N: Tensor, loss_N: Tensor) -> None:
+        """Keeps the losses of steps, in the order given."""
         order_N = torch.argsort(step_N, stable=True)
         step_N, loss_N = step_N[order_N], loss_N[order_N]
         new_T = torch.bincount(step_N, minlength=self.steps)

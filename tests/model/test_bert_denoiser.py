@@ -5,7 +5,9 @@ from dataclasses import replace
 import pytest
 import torch
 
+from model.batch import PackedBatch
 from model.config import ModelConfig
+from model.diffusion.loss_second_moment import LossSecondMoment
 from model.diffusion_lm import DiffusionLM
 from model.errors import ConfigError
 from model.flops import forward_flops, training_flops
@@ -144,6 +146,24 @@ def test_importance_weights_scale_the_loss_and_nothing_that_is_logged():
     torch.testing.assert_close(plain.total, plain.loss_C.mean(), rtol=1e-6, atol=0)
     assert plain.terms.keys() == weighted.terms.keys()
     assert all(torch.equal(plain.terms[name], weighted.terms[name]) for name in plain.terms)
+
+
+def test_losses_are_measured_alike_in_any_division_of_the_batch():
+    config = bert_config(time_sampling="loss_second_moment")
+    model, sampler = small_model(config, F64), LossSecondMoment(50)
+    batch = replace(batch_of([3, 8, 5]), strata=3)
+
+    def measured(part: PackedBatch, chosen: list[int]) -> torch.Tensor:
+        part = replace(part, stratum_C=torch.tensor(chosen), strata=3)
+        plan, draw = model.prepare(part, device="cpu", dtype=F64), training_draw(part, config, 0, 0, sampler)
+        return sampler.measure(part, plan, draw, model(part, plan, draw, 1.0, 1.0))
+
+    whole = measured(batch, [2, 0, 1])
+    torch.testing.assert_close(whole, measured(batch_of([3]), [2]) + measured(batch_of([8, 5]), [0, 1]))
+    sampler.observe(whole)
+    assert sampler.seen_T.sum() == 3
+    for time, loss in whole.T:
+        assert sampler.losses_TK[int(time * 50), 0] == loss
 
 
 def test_absorbing_vector_is_there_only_where_it_is_used():

@@ -116,7 +116,7 @@ def test_loss_second_moment():
     golden, sampler = load("loss_aware_sampler"), LossSecondMoment(24)
     start = 0
     for cut, name in zip(golden["cut"].tolist(), ("before", "at_warmup", "final"), strict=True):
-        sampler.observe(golden["ts"][start:cut], golden["losses"][start:cut])
+        sampler.remember(golden["ts"][start:cut], golden["losses"][start:cut])
         weights = golden[f"weights_{name}"]
         torch.testing.assert_close(sampler.probabilities(), weights / weights.sum(), **EXACT)
         start = cut
@@ -138,8 +138,8 @@ def test_loss_second_moment():
 
 def test_loss_second_moment_learns_the_same_from_any_batches():
     golden, whole, parts = load("loss_aware_sampler"), LossSecondMoment(24), LossSecondMoment(24)
-    whole.observe(golden["ts"], golden["losses"])
+    whole.remember(golden["ts"], golden["losses"])
     for step, loss in zip(golden["ts"].split(7), golden["losses"].split(7), strict=True):
-        parts.observe(step, loss)
+        parts.remember(step, loss)
     assert torch.equal(whole.losses_TK, parts.losses_TK) and torch.equal(whole.seen_T, parts.seen_T)
     assert CASES["loss_aware_sampler"]["params"]["T"] == 24
