@@ -133,8 +133,8 @@ MISTAKES = [
             "width 4; it must be a multiple of 8", set=("model.attention.heads=8",)),
     Mistake("Run configuration", "more experts for a token than there are", "model.moe.top_k: 5 of 4 experts: must "
             "lie between 1 and model.moe.experts", set=("model.moe.top_k=5",)),
-    Mistake("Run configuration", "a name that is not one of the choices", "sample.solver: is 'ddim', must be one of "
-            "dpmpp1, dpmpp2m, dpmpp2m_sde, ancestral, diffuseq_v2_compat", set=("sample.solver=ddim",)),
+    Mistake("Run configuration", "a name that is not one of the choices", "sample.solver: is 'euler', must be one of "
+            "…dpmpp2m, …ancestral…", set=("sample.solver=euler",)),
     Mistake("Run configuration", "DiffuSeq's network with what it has no place for", "model.input: is bayes, but "
             "model.network = bert only knows noisy: set it so, or choose model.network = sparse",
             set=("model.network=bert",)),
