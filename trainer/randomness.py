@@ -42,7 +42,8 @@ def training_draw(batch: PackedBatch, config: ModelConfig, seed: int, step: int,
     noise_NE, uniform_N = _token_noise(batch, config, (Stream.COPY, seed, step), one_copy)
     time_C, weight_C = torch.tensor(drawn), None
     if times is not None:
-        time_C, weight_C = times.draw(time_C)
+        time_C = times.draw(time_C)
+        weight_C = times.weights(time_C)
     return NoiseDraw(
         time_C=time_C, weight_C=weight_C, noise_NE=noise_NE, uniform_N=uniform_N,
         guess_C=torch.tensor(guesses) if config.diffusion.self_conditioning > 0 else None,

@@ -39,11 +39,14 @@ class LossSecondMoment:
         moment_T = self.losses_TK.square().mean(1).sqrt()
         return moment_T / moment_T.sum() * (1 - UNIFORM_SHARE) + UNIFORM_SHARE / self.steps
 
-    def draw(self, uniform_C: Tensor) -> tuple[Tensor, Tensor]:
-        """From even numbers in [0, 1), the times [C] in the middle of their steps, and the importance weights [C]."""
-        p_T = self.probabilities()
-        step_C = torch.searchsorted(p_T.cumsum(0), uniform_C.double(), right=True).clamp(max=self.steps - 1)
-        return ((step_C + 0.5) / self.steps).float(), (1 / (self.steps * p_T[step_C])).float()
+    def draw(self, uniform_C: Tensor) -> Tensor:
+        """From even numbers in [0, 1), the times [C], in the middle of their steps."""
+        step_C = torch.searchsorted(self.probabilities().cumsum(0), uniform_C.double(), right=True)
+        return ((step_C.clamp(max=self.steps - 1) + 0.5) / self.steps).float()
+
+    def weights(self, time_C: Tensor) -> Tensor:
+        """By how much the losses at these times count [C]."""
+        return (1 / (self.steps * self.probabilities()[(time_C * self.steps).long()])).float()
 
     def measure(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw, report: LossReport) -> Tensor:
         """float64 [2, strata]: time and loss of a micro-batch's copies at their places in the global batch, zeros
