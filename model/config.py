@@ -7,6 +7,7 @@ Presets and recipes (`trainer/presets.py`) only choose values here; there is one
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from model.errors import ConfigError
@@ -64,18 +65,35 @@ class DiffusionConfig:
     """Noise, prediction and loss. Equations: `docs/diffusion.md`."""
 
     schedule: str = "log_snr"
-    """log_snr: the log signal-to-noise ratio falls linearly in t over `log_snr_range`; sqrt: DiffuSeq's; cosine."""
+    """log_snr: the log signal-to-noise ratio falls linearly in t over `log_snr_range`; sqrt: DiffuSeq's; cosine;
+    linear: DDPM's, in discrete steps."""
+    steps: int = 0
+    """T: time is discrete, with the noise levels of the original DiffuSeq's T steps of the schedule. 0: continuous
+    time."""
     log_snr_range: list[float] | str = "auto"
     """[noisiest, cleanest] of log(alpha^2 / sigma^2). auto: where a token of this vocabulary and embedding width
     passes from unknown to known, log(2 ln V / E) - 1.3 with 2.5 to each side. Only with schedule = log_snr."""
     time_sampling: str = "stratified"
-    """stratified: one draw in each of N equal slices of time over the N copies of the global batch; uniform."""
+    """stratified: one draw in each of N equal slices of time over the N copies of the global batch; uniform;
+    loss_second_moment: steps with large losses more often, each counting for less (DiffuSeq's lossaware; discrete
+    time only)."""
     absorbing: float = 0.5
     """gamma: a target token is replaced by the absorbing vector with probability gamma * sigma_t. 0: plain
     Gaussian diffusion."""
     loss: str = "cross_entropy"
     """cross_entropy of the prediction, or mse between predicted and true embedding (with the cross-entropy of
     rounding the true embedding)."""
+    loss_over: str = "text"
+    """text: the loss is the mean over the tokens of all targets, their end tokens included; canvas: with the filler
+    behind them, which then is predicted as any token; document: with the sources too. For the last two each document
+    counts alike, however long."""
+    embedding_noise: bool = False
+    """Train on embeddings that are noised by the first step's sigma, those of sources as well; generation takes the
+    exact ones. Only with discrete time."""
+    terminal_loss: bool = False
+    """Add the squared length of the signal that is left at the noisiest level. Only with loss = mse."""
+    absorbing_norm: float = 0.0
+    """Weight of the absorbing vector's length in the loss (DiffuSeq-v2: 0.01). Only with absorbing > 0."""
     conditioning: str = "cached"
     """cached: a source sees neither target nor time, so it is computed once for all steps and draws; joint:
     source and target see each other through the same window."""
@@ -87,16 +105,27 @@ class DiffusionConfig:
 class ModelConfig:
     """The denoiser: embeddings, local mixing, `layers` blocks of sparse attention and MoE, output head."""
 
+    network: str = "sparse"
+    """sparse: pre-norm blocks of rotary attention and experts, modulated by the noise level; bert: DiffuSeq's, a
+    post-norm BERT encoder with learned positions and one dense feed-forward of width `moe.ffn`, whose output is
+    compared with the embedding table itself."""
     vocab_size: int = 0
     """0: taken from the tokenizer."""
     embed_dim: int = 64
     """E, the width of the token embeddings that are diffused."""
+    normalize_embeddings: bool = True
+    """Scale every token's embedding to the length sqrt(E); otherwise their lengths are learned."""
     width: int = 256
     """D, the width of the network."""
     layers: int = 4
     """Blocks of attention and experts."""
     time_dim: int = 128
     """Width of the embedding of the noise level."""
+    max_positions: int = 512
+    """Longest document, in tokens. Only with network = bert, whose positions are learned."""
+    dropout: float = 0.0
+    """Share of the activations that are dropped while training, after the embeddings and after each attention and
+    feed-forward. Only with network = bert."""
     input: str = "bayes"
     """bayes: the network is fed the embedding expected from the noisy one alone (context-free posterior); noisy:
     the noisy embedding itself, scaled to unit variance."""
@@ -142,8 +171,9 @@ class ModelConfig:
         need(self.vocab_size > 0, "model.vocab_size", "is not known: give a tokenizer or a positive number")
         need(self.width % a.heads == 0, "model.attention.heads",
              f"{a.heads} heads do not divide model.width = {self.width}: choose a number that does")
-        need(self.head_dim % 8 == 0, "model.attention.heads",
-             f"width {self.width} / {a.heads} heads gives head width {self.head_dim}; it must be a multiple of 8")
+        need(self.head_dim % 8 == 0 or (a.backend == "reference" and self.head_dim % 2 == 0), "model.attention.heads",
+             f"width {self.width} / {a.heads} heads gives head width {self.head_dim}; it must be a multiple of 8, or "
+             "even with model.attention.backend = reference")
         need(self.time_dim % 2 == 0, "model.time_dim", f"must be even, not {self.time_dim}")
         need(1 <= m.top_k <= m.experts, "model.moe.top_k",
              f"{m.top_k} of {m.experts} experts: must lie between 1 and model.moe.experts")
@@ -151,9 +181,12 @@ class ModelConfig:
         need(m.shared_ffn >= 0, "model.moe.shared_ffn", f"must be 0 or positive, not {m.shared_ffn}")
         need(self.local_mixing == 0 or self.local_mixing % 2 == 1, "model.local_mixing",
              f"must be odd, or 0 for none, not {self.local_mixing}")
-        choices = {"model.input": (self.input, ("bayes", "noisy")),
-                   "model.diffusion.schedule": (d.schedule, ("log_snr", "sqrt", "cosine")),
-                   "model.diffusion.time_sampling": (d.time_sampling, ("stratified", "uniform")),
+        choices = {"model.network": (self.network, ("sparse", "bert")),
+                   "model.input": (self.input, ("bayes", "noisy")),
+                   "model.diffusion.schedule": (d.schedule, ("log_snr", "sqrt", "cosine", "linear")),
+                   "model.diffusion.loss_over": (d.loss_over, ("text", "canvas", "document")),
+                   "model.diffusion.time_sampling": (d.time_sampling, ("stratified", "uniform",
+                                                                         "loss_second_moment")),
                    "model.diffusion.loss": (d.loss, ("cross_entropy", "mse")),
                    "model.diffusion.conditioning": (d.conditioning, ("cached", "joint"))}
         for key, (value, allowed) in choices.items():
@@ -163,9 +196,50 @@ class ModelConfig:
              f"must lie in [0, 1], not {d.self_conditioning}")
         need(d.loss == "cross_entropy" or not self.bayes_skip, "model.diffusion.loss",
              "mse predicts an embedding, which has no logits for model.bayes_skip: set that to false")
+        need(d.loss == "mse" or d.loss_over != "document", "model.diffusion.loss_over",
+             "document compares predicted embeddings, sources' included: set model.diffusion.loss to mse")
+        need(d.conditioning == "joint" or d.loss_over != "document", "model.diffusion.loss_over",
+             "document trains on sources, which know of no noise level in cached conditioning: set "
+             "model.diffusion.conditioning to joint")
+        need(d.loss == "mse" or not d.terminal_loss, "model.diffusion.terminal_loss",
+             "only applies to model.diffusion.loss = mse")
+        need(d.absorbing_norm >= 0, "model.diffusion.absorbing_norm", f"must be 0 or positive, not {d.absorbing_norm}")
+        need(d.absorbing > 0 or d.absorbing_norm == 0, "model.diffusion.absorbing_norm",
+             "needs an absorbing vector: set model.diffusion.absorbing above 0, or this to 0")
+        need(d.steps == 0 or d.steps >= 2, "model.diffusion.steps", f"must be 0 or at least 2, not {d.steps}")
+        need(d.steps == 0 or d.schedule != "log_snr", "model.diffusion.steps",
+             "log_snr is a schedule of continuous time: set this to 0, or the schedule to sqrt, cosine or linear")
+        need(d.steps > 0 or d.schedule != "linear", "model.diffusion.schedule",
+             "linear is defined for discrete time: set model.diffusion.steps, for instance to 2000")
+        need(d.steps > 0 or not d.embedding_noise, "model.diffusion.embedding_noise",
+             "is the noise of the first of model.diffusion.steps steps: set that, for instance to 2000")
+        need(d.steps > 0 or d.time_sampling != "loss_second_moment", "model.diffusion.time_sampling",
+             "loss_second_moment counts losses by step: set model.diffusion.steps, for instance to 2000")
+        need(0 <= self.dropout < 1, "model.dropout", f"must lie in [0, 1), not {self.dropout}")
+        if self.network == "bert":
+            self._validate_bert(need)
+        else:
+            need(self.dropout == 0, "model.dropout", "only applies to model.network = bert")
         if d.log_snr_range != "auto":
             need(isinstance(d.log_snr_range, list) and len(d.log_snr_range) == 2
                  and d.log_snr_range[0] < d.log_snr_range[1], "model.diffusion.log_snr_range",
                  f"must be auto or [noisiest, cleanest] with noisiest < cleanest, not {d.log_snr_range}")
             need(d.schedule == "log_snr", "model.diffusion.log_snr_range",
                  f"only applies to schedule = log_snr, not {d.schedule}")
+
+    def _validate_bert(self, need: Callable[[bool, str, str], None]) -> None:
+        """What DiffuSeq's network has no place for."""
+        d = self.diffusion
+        need(self.max_positions > 0, "model.max_positions", f"must be positive, not {self.max_positions}")
+        for key, value, only in (
+                ("model.input", self.input, "noisy"), ("model.bayes_skip", self.bayes_skip, False),
+                ("model.local_mixing", self.local_mixing, 0), ("model.moe.experts", self.moe.experts, 1),
+                ("model.moe.gated", self.moe.gated, False), ("model.moe.shared_ffn", self.moe.shared_ffn, 0),
+                ("model.moe.jitter", self.moe.jitter, 0), ("model.moe.balance_weight", self.moe.balance_weight, 0),
+                ("model.moe.z_weight", self.moe.z_weight, 0), ("model.diffusion.loss", d.loss, "mse"),
+                ("model.diffusion.conditioning", d.conditioning, "joint"),
+                ("model.diffusion.self_conditioning", d.self_conditioning, 0)):
+            need(value == only, key, f"is {value}, but model.network = bert only knows {only}: set it so, or choose "
+                 "model.network = sparse")
+        need(d.steps > 0, "model.diffusion.steps",
+             "model.network = bert is told the time by the number of the step: set this, for instance to 2000")

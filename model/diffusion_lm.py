@@ -1,6 +1,6 @@
 """The diffusion language model: token embeddings, partial noising, denoiser, prediction and loss.
 
-The way of the data: tokens -> normalised embeddings -> noise on the target -> (context-free posterior) -> denoiser ->
+The way of the data: tokens -> embeddings -> noise on the target -> (context-free posterior) -> denoiser ->
 distribution over the clean target tokens -> named loss terms. Equations: `docs/diffusion.md`.
 """
 
@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from model.batch import PackedBatch
+from model.bert_denoiser import BertDenoiser, down_projection, init_linears
 from model.config import ModelConfig
 from model.denoiser import Denoiser, SourceCache, StreamPlan
 from model.diffusion.process import NoisyTargets, add_noise, context_free_logits
-from model.diffusion.schedule import NoiseSchedule
+from model.diffusion.schedule import NoiseSchedule, alpha_sigma
 from model.moe.layer import MoEAux
 
 
@@ -24,9 +25,12 @@ from model.moe.layer import MoEAux
 class NoiseDraw:
     """All randomness of one training batch, drawn outside so that it can be keyed by sample (and tested).
 
-    time_C: in [0, 1]. noise_NE: standard normal, uniform_N: in [0, 1), both for the N target tokens in packed order.
+    time_C: in [0, 1]. weight_C: importance weights of the copies' losses; None where times are drawn evenly.
+    noise_NE: standard normal, uniform_N: in [0, 1), both for the N target tokens in packed order.
+    embedding_noise_TE: standard normal, for all tokens; None where embeddings are not noised themselves.
     guess_C: True where the copy is trained with a first estimate as second input; None without self-conditioning.
     jitter_LTD: uniform in [0, 1) for the routers' jitter; None without.
+    dropout_T: int64 keys of what is dropped; None without dropout.
     """
 
     time_C: Tensor
@@ -34,6 +38,14 @@ class NoiseDraw:
     uniform_N: Tensor
     guess_C: Tensor | None = None
     jitter_LTD: Tensor | None = None
+    weight_C: Tensor | None = None
+    embedding_noise_TE: Tensor | None = None
+    dropout_T: Tensor | None = None
+
+    def for_network(self) -> dict[str, Tensor]:
+        """What the network itself draws, by the name of its argument."""
+        draws = {"jitter_LTD": self.jitter_LTD, "dropout_T": self.dropout_T}
+        return {name: value for name, value in draws.items() if value is not None}
 
     def to(self, device: torch.device | str) -> NoiseDraw:
         return replace(self, **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()
@@ -42,24 +54,36 @@ class NoiseDraw:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """Index tensors of a batch: the stream's plan, its target tokens, and which of those are in the loss."""
+    """Index tensors of a batch.
+
+    stream: the network's plan. target_N: the target tokens. loss_of_target_M: which of those are text or its end.
+    scored_S: the tokens whose predictions are in the loss. judged_J: which of those are targets, whose cross-entropy
+    is taken. text_of_judged_M: which of those are text or its end. fraction_S, fraction_J: the part that a token is
+    of its copy's scored, or judged, tokens.
+    """
 
     stream: StreamPlan
     target_N: Tensor
     loss_of_target_M: Tensor
+    scored_S: Tensor
+    judged_J: Tensor
+    text_of_judged_M: Tensor
+    fraction_S: Tensor
+    fraction_J: Tensor
 
     def to(self, device: torch.device | str) -> BatchPlan:
-        return BatchPlan(self.stream.to(device), self.target_N.to(device, non_blocking=True),
-                         self.loss_of_target_M.to(device, non_blocking=True))
+        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "stream"}
+        return BatchPlan(stream=self.stream.to(device), **moved)
 
 
 class LossReport(NamedTuple):
-    """total: what is differentiated. terms: named sums over trained tokens (cross_entropy, mse, rounding) or over all
-    tokens (balance, router_z). cross_entropy_M, log_snr_M: per trained token, for the breakdown by noise level;
-    token_M: its place in the stream."""
+    """total: what is differentiated. terms: this micro-batch's share of every named term's mean over the global batch,
+    without weights. loss_C: the loss of each noised copy by itself. cross_entropy_M, log_snr_M: per token of text, for
+    the breakdown by noise level; token_M: its place in the stream."""
 
     total: Tensor
     terms: dict[str, Tensor]
+    loss_C: Tensor
     cross_entropy_M: Tensor
     log_snr_M: Tensor
     token_M: Tensor
@@ -78,18 +102,33 @@ class DiffusionLM(nn.Module):
         self.config = config
         self.schedule = NoiseSchedule(config)
         self.embedding = nn.Parameter(torch.empty(config.vocab_size, config.embed_dim))
-        self.absorbing = nn.Parameter(torch.zeros(config.embed_dim))
+        self.absorbing = nn.Parameter(torch.zeros(config.embed_dim)) if config.diffusion.absorbing > 0 else None
         self.register_buffer("prior_count_V", torch.zeros(config.vocab_size, dtype=torch.int64))
-        self.denoiser = Denoiser(config)
         self.predicts_tokens = config.diffusion.loss == "cross_entropy"
-        self.head = nn.Linear(config.width, config.vocab_size if self.predicts_tokens else config.embed_dim)
+        if config.network == "bert":
+            self.denoiser, self.head = BertDenoiser(config), down_projection(config)
+            self.token_bias = nn.Parameter(torch.zeros(config.vocab_size))
+        else:
+            self.denoiser = Denoiser(config)
+            self.head = nn.Linear(config.width, config.vocab_size if self.predicts_tokens else config.embed_dim)
+            self.token_bias = None
 
     def init_weights(self, seed: int) -> None:
         """The same weights for the same seed, however the model is sharded. The head starts at zero: the first
-        prediction is the context-free posterior (or, without that skip, uniform)."""
+        prediction is the context-free posterior (or, without that skip, uniform). DiffuSeq's network starts as it did
+        there, where the bias of its tied output is a linear layer's too."""
         generator = torch.Generator().manual_seed(seed)
         nn.init.normal_(self.embedding, generator=generator)
-        nn.init.zeros_(self.absorbing)
+        if self.config.network == "bert":
+            self.denoiser.init_weights(generator)
+            init_linears(self.head, generator)
+            bound = self.config.embed_dim ** -0.5
+            nn.init.uniform_(self.token_bias, -bound, bound, generator=generator)
+            if self.absorbing is not None:
+                nn.init.normal_(self.absorbing, std=bound, generator=generator)
+            return
+        if self.absorbing is not None:
+            nn.init.zeros_(self.absorbing)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
         self.denoiser.init_weights(seed)
@@ -102,10 +141,16 @@ class DiffusionLM(nn.Module):
         return (smoothed_V / smoothed_V.sum()).log().float()
 
     def rows(self) -> Tensor:
-        """Embedding table [V, E], fp32 at least: rows of length sqrt(E), shifted by the absorbing vector."""
-        wide = torch.promote_types(self.embedding.dtype, torch.float32)
-        table_VE = nn.functional.normalize(self.embedding.to(wide), dim=-1) * self.config.embed_dim ** 0.5
-        return table_VE - self.absorbing.to(wide)
+        """Embedding table [V, E], fp32 at least: rows of length sqrt(E) where they are normalised, shifted by the
+        absorbing vector."""
+        table_VE = self.embedding.to(torch.promote_types(self.embedding.dtype, torch.float32))
+        if self.config.normalize_embeddings:
+            table_VE = nn.functional.normalize(table_VE, dim=-1) * self.config.embed_dim ** 0.5
+        return table_VE if self.absorbing is None else table_VE - self.absorbing.to(table_VE.dtype)
+
+    def unshifted(self, x: Tensor) -> Tensor:
+        """From the shifted coordinates, in which noise is added, to those of the embedding table."""
+        return x if self.absorbing is None else x + self.absorbing.to(x.dtype)
 
     def prepare(self, batch: PackedBatch, *, device: torch.device | str, dtype: torch.dtype) -> BatchPlan:
         """Works out a batch's indices on the CPU, once for all layers and steps."""
@@ -113,7 +158,20 @@ class DiffusionLM(nn.Module):
             batch.tokens_T, batch.document_T, batch.position_T, batch.is_target_T, batch.draw_T, batch.copy_T,
             batch.sample_C.numel(), batch.row_T, batch.rows, device=device, dtype=dtype)
         target_N = batch.is_target_T.nonzero().flatten()
-        return BatchPlan(stream, target_N, batch.in_loss_T[target_N].nonzero().flatten())
+        scope = self.config.diffusion.loss_over
+        is_scored_T = {"text": batch.in_loss_T, "canvas": batch.is_target_T,
+                       "document": torch.ones_like(batch.is_target_T)}[scope]
+        scored_S = is_scored_T.nonzero().flatten()
+        judged_J = batch.is_target_T[scored_S].nonzero().flatten()
+
+        def fraction(at: Tensor) -> Tensor:
+            copy = batch.copy_T[at]
+            return 1 / torch.bincount(copy)[copy]
+
+        return BatchPlan(stream, target_N, loss_of_target_M=batch.in_loss_T[target_N].nonzero().flatten(),
+                         scored_S=scored_S, judged_J=judged_J,
+                         text_of_judged_M=batch.in_loss_T[scored_S[judged_J]].nonzero().flatten(),
+                         fraction_S=fraction(scored_S), fraction_J=fraction(scored_S[judged_J]))
 
     def forward(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw, loss_tokens: float,
                 tokens: float) -> LossReport:
@@ -123,37 +181,68 @@ class DiffusionLM(nn.Module):
         micro-batches and ranks add up to the loss of the whole, however it is divided.
         """
         rows_VE = self.rows()
-        log_snr_C, clean_NE, noisy = self._noised(batch, plan, draw, rows_VE)
+        log_snr_C, clean_TE, noisy = self._noised(batch, plan, draw, rows_VE)
         prior_NV = self._prior(noisy, rows_VE)
 
         guess_NE = None
         if draw.guess_C is not None:
             with torch.no_grad():
-                first, _, _ = self._predict(batch, plan, noisy, log_snr_C, rows_VE, prior_NV,
-                                            torch.zeros_like(clean_NE), draw.jitter_LTD)
+                first, _, _ = self._predict(plan, clean_TE, noisy, log_snr_C, rows_VE, prior_NV,
+                                            torch.zeros_like(noisy.z_TE), draw)
                 kept_N1 = draw.guess_C[batch.copy_T[plan.target_N]][:, None]
                 guess_NE = self.estimate(first, rows_VE) * kept_N1
-        output, _, experts = self._predict(batch, plan, noisy, log_snr_C, rows_VE, prior_NV, guess_NE,
-                                           draw.jitter_LTD, at_N=plan.loss_of_target_M)
+        output_S, _, experts = self._predict(plan, clean_TE, noisy, log_snr_C, rows_VE, prior_NV, guess_NE, draw,
+                                             at_S=plan.scored_S)
 
-        token_M = plan.target_N[plan.loss_of_target_M]
-        answer_M = batch.tokens_T[token_M]
-        cross_entropy_M = nn.functional.cross_entropy(self.logits(output, rows_VE), answer_M, reduction="none")
-        terms = {"cross_entropy": cross_entropy_M.sum()}
+        d, moe = self.config.diffusion, self.config.moe
+        by_token = d.loss_over == "text"
+        share_S = torch.full_like(plan.fraction_S, 1 / loss_tokens) if by_token else plan.fraction_S / batch.strata
+        share_J = torch.full_like(plan.fraction_J, 1 / loss_tokens) if by_token else plan.fraction_J / batch.strata
+        copy_S = batch.copy_T[plan.scored_S]
+
+        answer_J = batch.tokens_T[plan.scored_S[plan.judged_J]]
+        judged = output_S if self.predicts_tokens else output_S[plan.judged_J]
+        with torch.set_grad_enabled(self.predicts_tokens and torch.is_grad_enabled()):  # or it is only watched
+            cross_entropy_J = nn.functional.cross_entropy(self.logits(judged, rows_VE), answer_J, reduction="none")
+        terms = {"cross_entropy": (share_J * cross_entropy_J).sum()}
         if self.predicts_tokens:
-            per_token = terms["cross_entropy"]
+            loss_S = cross_entropy_J
         else:
-            clean_ME = clean_NE[plan.loss_of_target_M]
-            terms["mse"] = (output - clean_ME).square().mean(-1).sum()
-            terms["rounding"] = nn.functional.cross_entropy(self.logits(clean_ME, rows_VE), answer_M, reduction="sum")
-            per_token = terms["mse"] + terms["rounding"]
-        terms["balance"] = sum(aux.balance_sum for aux in experts) / len(experts)
-        terms["router_z"] = sum(aux.z_sum for aux in experts) / len(experts)
-        moe = self.config.moe
-        total = per_token / loss_tokens + (moe.balance_weight * terms["balance"]
-                                           + moe.z_weight * terms["router_z"]) / tokens
-        return LossReport(total, {name: term.detach() for name, term in terms.items()}, cross_entropy_M.detach(),
-                          noisy.log_snr_T[plan.loss_of_target_M], token_M, experts)
+            parts = self._embedding_terms(batch, plan, draw, rows_VE, clean_TE, output_S)
+            terms |= {name: (share_S * value_S).sum() for name, value_S in parts.items()}
+            loss_S = sum(parts.values())
+        weight_S = share_S if draw.weight_C is None else share_S * draw.weight_C[copy_S]
+        total = (weight_S * loss_S).sum()
+        loss_C = torch.zeros(batch.sample_C.numel(), dtype=loss_S.dtype, device=loss_S.device)
+        loss_C = loss_C.index_add(0, copy_S, (plan.fraction_S * loss_S).detach())
+        if d.absorbing_norm > 0:
+            length = self.absorbing.to(rows_VE.dtype).norm()
+            terms["absorbing_norm"] = length * share_S.sum()
+            total = total + d.absorbing_norm * length * weight_S.sum()
+            loss_C = loss_C + d.absorbing_norm * length.detach()
+        if experts:
+            terms["balance"] = sum(aux.balance_sum for aux in experts) / (len(experts) * tokens)
+            terms["router_z"] = sum(aux.z_sum for aux in experts) / (len(experts) * tokens)
+            total = total + moe.balance_weight * terms["balance"] + moe.z_weight * terms["router_z"]
+        return LossReport(total, {name: term.detach() for name, term in terms.items()}, loss_C,
+                          cross_entropy_J.detach()[plan.text_of_judged_M], noisy.log_snr_T[plan.loss_of_target_M],
+                          plan.target_N[plan.loss_of_target_M], experts)
+
+    def _embedding_terms(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw, rows_VE: Tensor,
+                         clean_TE: Tensor, output_SE: Tensor) -> dict[str, Tensor]:
+        """The parts [S] of the loss where embeddings are predicted, for every scored token."""
+        d = self.config.diffusion
+        answer_S, clean_SE = batch.tokens_T[plan.scored_S], clean_TE[plan.scored_S]
+        goal_SE = clean_SE
+        if d.embedding_noise:  # at the first step the goal is the embedding itself
+            first_S1 = (self.schedule.step(draw.time_C) == 0)[batch.copy_T[plan.scored_S]][:, None]
+            goal_SE = torch.where(first_S1, rows_VE[answer_S], clean_SE)
+        parts = {"mse": (output_SE - goal_SE).square().mean(-1),
+                 "rounding": nn.functional.cross_entropy(self.logits(clean_SE, rows_VE), answer_S, reduction="none")}
+        if d.terminal_loss:
+            left = alpha_sigma(torch.tensor(self.schedule.low, dtype=torch.float64))[0].item()
+            parts["terminal"] = (left * self.unshifted(clean_SE)).square().mean(-1)
+        return parts
 
     def context_free_cross_entropy(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw) -> Tensor:
         """Cross-entropy [M] of the trained tokens under the context-free posterior: the best that can be said of a
@@ -166,12 +255,15 @@ class DiffusionLM(nn.Module):
 
     def _noised(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw,
                 rows_VE: Tensor) -> tuple[Tensor, Tensor, NoisyTargets]:
-        """Noise level of each copy [C], clean embeddings [N, E] of the targets, and the targets noised."""
-        clean_NE = rows_VE[batch.tokens_T[plan.target_N]]
+        """Noise level of each copy [C], embeddings [T, E] of all tokens before noising, and the targets noised."""
+        clean_TE = rows_VE[batch.tokens_T]
+        if draw.embedding_noise_TE is not None:
+            first = torch.tensor(self.schedule.high, dtype=torch.float64)
+            clean_TE = clean_TE + alpha_sigma(first)[1].item() * draw.embedding_noise_TE
         log_snr_C = self.schedule.log_snr(draw.time_C)
-        noisy = add_noise(clean_NE, log_snr_C[batch.copy_T[plan.target_N]], draw.noise_NE, draw.uniform_N,
-                          self.config.diffusion.absorbing)
-        return log_snr_C, clean_NE, noisy
+        noisy = add_noise(clean_TE[plan.target_N], log_snr_C[batch.copy_T[plan.target_N]], draw.noise_NE,
+                          draw.uniform_N, self.config.diffusion.absorbing)
+        return log_snr_C, clean_TE, noisy
 
     def _prior(self, noisy: NoisyTargets, rows_VE: Tensor) -> Tensor | None:
         """Context-free posterior logits, which the input and the skip share; None where neither wants them."""
@@ -179,20 +271,24 @@ class DiffusionLM(nn.Module):
             return None
         return context_free_logits(noisy, rows_VE, self.log_prior())
 
-    def _predict(self, batch: PackedBatch, plan: BatchPlan, noisy: NoisyTargets, log_snr_C: Tensor, rows_VE: Tensor,
-                 prior_NV: Tensor | None, guess_NE: Tensor | None, jitter_LTD: Tensor | None,
-                 at_N: Tensor | None = None) -> tuple[Tensor, SourceCache, list[MoEAux]]:
-        """Runs sources and noisy targets together; the prediction is for the targets listed in at_N (all if None)."""
-        inputs_TE = rows_VE[batch.tokens_T].index_copy(0, plan.target_N, self._inputs(noisy, rows_VE, prior_NV))
+    def _predict(self, plan: BatchPlan, clean_TE: Tensor, noisy: NoisyTargets, log_snr_C: Tensor, rows_VE: Tensor,
+                 prior_NV: Tensor | None, guess_NE: Tensor | None, draw: NoiseDraw | None,
+                 at_S: Tensor | None = None) -> tuple[Tensor, SourceCache, list[MoEAux]]:
+        """Runs sources and noisy targets together; the prediction is for the tokens at_S (all targets if None)."""
+        inputs_TE = clean_TE.index_copy(0, plan.target_N, self._inputs(noisy, rows_VE, prior_NV))
         if self.config.diffusion.self_conditioning > 0:
             previous_TE = torch.zeros_like(inputs_TE)
             if guess_NE is not None:
                 previous_TE = previous_TE.index_copy(0, plan.target_N, guess_NE)
             inputs_TE = torch.cat((inputs_TE, previous_TE), dim=-1)
-        hidden_TD, cache, experts = self.denoiser(inputs_TE, log_snr_C, plan.stream, jitter_LTD=jitter_LTD)
-        at = plan.target_N if at_N is None else plan.target_N[at_N]
-        prior = prior_NV if at_N is None or prior_NV is None else prior_NV[at_N]
-        return self._output(hidden_TD[at], prior), cache, experts
+        if self.config.network == "bert":
+            inputs_TE = self.unshifted(inputs_TE)
+        hidden_TD, cache, experts = self.denoiser(inputs_TE, log_snr_C, plan.stream,
+                                                  **({} if draw is None else draw.for_network()))
+        prior = prior_NV
+        if at_S is not None and self.config.bayes_skip and self.config.diffusion.loss_over == "text":
+            prior = prior_NV[plan.loss_of_target_M]
+        return self._output(hidden_TD[plan.target_N if at_S is None else at_S], prior), cache, experts
 
     def _inputs(self, noisy: NoisyTargets, rows_VE: Tensor, prior_NV: Tensor | None) -> Tensor:
         """What the network is fed for noisy targets [N, E]; both choices have variance near one."""
@@ -202,14 +298,21 @@ class DiffusionLM(nn.Module):
         """Logits [N, V] over clean tokens (loss = cross_entropy), or the predicted clean embedding [N, E] (mse)."""
         output = self.head(hidden_ND)
         output = output.to(torch.promote_types(output.dtype, torch.float32))
+        if self.config.network == "bert" and self.absorbing is not None:
+            return output - self.absorbing.to(output.dtype)
         return output + prior_NV if self.config.bayes_skip else output
 
     def logits(self, output: Tensor, rows_VE: Tensor) -> Tensor:
-        """Token logits [N, V] of a prediction. The filler is never predicted: where a text has ended, its end token
-        says so."""
+        """Token logits [N, V] of a prediction. A filler that is not trained on is never predicted: where a text has
+        ended, its end token says so."""
+        if self.config.network == "bert":
+            return self._without_filler(nn.functional.linear(
+                self.unshifted(output), self.unshifted(rows_VE), self.token_bias.to(output.dtype)))
         return self._without_filler(output if self.predicts_tokens else output @ rows_VE.T)
 
     def _without_filler(self, logits_NV: Tensor) -> Tensor:
+        if self.config.diffusion.loss_over != "text":
+            return logits_NV
         is_filler_V = torch.arange(self.config.vocab_size, device=logits_NV.device) == self.config.pad_id
         return logits_NV.masked_fill(is_filler_V, -torch.inf)
 
@@ -242,4 +345,5 @@ class DiffusionLM(nn.Module):
         """One sampling step that computes sources and targets together (joint conditioning)."""
         rows_VE = self.rows()
         prior_NV = self._prior(noisy, rows_VE)
-        return self._predict(batch, plan, noisy, log_snr_C, rows_VE, prior_NV, guess_NE, None)[0], rows_VE
+        output, _, _ = self._predict(plan, rows_VE[batch.tokens_T], noisy, log_snr_C, rows_VE, prior_NV, guess_NE, None)
+        return output, rows_VE

@@ -17,12 +17,17 @@ def forward_flops(config: ModelConfig, plan: BatchPlan, copies: int, predicted: 
     tokens, targets = plan.stream.position_T.numel(), plan.target_N.numel()
     inputs = config.embed_dim * (2 if config.diffusion.self_conditioning > 0 else 1)
     matrices = 3 if moe.gated else 2
-    layer = width * (4 * width + moe.experts + matrices * (moe.top_k * moe.ffn + moe.shared_ffn))
-    head = config.vocab_size if config.diffusion.loss == "cross_entropy" else config.embed_dim
-    modulation = config.time_dim * 2 * width * (copies + 1)
-    products = (tokens * (max(config.local_mixing, 1) * inputs * width + config.layers * layer)
-                + (2 * config.layers + 1) * modulation + 2 * config.time_dim**2 * copies
-                + predicted * width * head)
+    router = moe.experts if config.network == "sparse" else 0
+    layer = width * (4 * width + router + matrices * (moe.top_k * moe.ffn + moe.shared_ffn))
+    if config.network == "sparse":
+        stem = max(config.local_mixing, 1) * inputs * width
+        level = ((2 * config.layers + 1) * config.time_dim * 2 * width * (copies + 1)  # modulation of every norm
+                 + 2 * config.time_dim**2 * copies)
+        head = width * (config.vocab_size if config.diffusion.loss == "cross_entropy" else config.embed_dim)
+    else:
+        stem = head = 0 if config.embed_dim == width else width * (config.embed_dim + width)
+        level = 4 * config.time_dim * (config.time_dim + width) * copies
+    products = tokens * (stem + config.layers * layer) + level + predicted * head
     if config.input == "bayes" or config.bayes_skip:
         products += targets * config.embed_dim * config.vocab_size
     if config.input == "bayes":
@@ -33,7 +38,7 @@ def forward_flops(config: ModelConfig, plan: BatchPlan, copies: int, predicted: 
 
 def training_flops(config: ModelConfig, plan: BatchPlan, copies: int) -> int:
     """Forward and backward pass of one micro-batch, with the first estimate of self-conditioning where it is on."""
-    once = forward_flops(config, plan, copies, plan.loss_of_target_M.numel())
+    once = forward_flops(config, plan, copies, plan.scored_S.numel())
     if config.diffusion.self_conditioning > 0:
         return 3 * once + forward_flops(config, plan, copies, plan.target_N.numel())
     return 3 * once

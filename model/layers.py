@@ -76,3 +76,30 @@ def gather_neighbours(x_TE: Tensor, neighbour_TW: Tensor) -> Tensor:
     """[T, E] -> [T, W * E]: each token's neighbours side by side, zeros where there is none."""
     padded = torch.cat((x_TE, x_TE.new_zeros(1, x_TE.shape[1])))
     return padded[neighbour_TW].flatten(1)
+
+
+def keyed_dropout(x_TD: Tensor, key_T: Tensor | None, site: int, rate: float) -> Tensor:
+    """Sets each number to zero with probability `rate` and scales the rest to keep the mean.
+
+    What is dropped follows from the token's int64 key, the site (which of the network's dropouts this is) and the
+    channel alone, by SplitMix64's finalizer (Steele et al. 2014): the same on every rank, in any packing, and when
+    the activations are computed again. key_T = None, or rate = 0: nothing is dropped.
+    """
+    if key_T is None or rate == 0:
+        return x_TD
+    channel_D = torch.arange(x_TD.shape[1], device=x_TD.device)
+    bits_TD = _mix(_mix(key_T + site)[:, None] + _GOLDEN * (channel_D + 1))
+    kept_TD = bits_TD >= int(rate * 2 ** 64) - 2 ** 63
+    return torch.where(kept_TD, x_TD / (1 - rate), 0)
+
+
+_GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64  # SplitMix64's constants as signed numbers; products wrap around
+_MIX_1 = 0xBF58476D1CE4E5B9 - 2 ** 64
+_MIX_2 = 0x94D049BB133111EB - 2 ** 64
+
+
+def _mix(x: Tensor) -> Tensor:
+    """SplitMix64's finalizer on int64; its shifts are logical, so the sign's copies are masked away."""
+    x = (x ^ ((x >> 30) & (2 ** 34 - 1))) * _MIX_1
+    x = (x ^ ((x >> 27) & (2 ** 37 - 1))) * _MIX_2
+    return x ^ ((x >> 31) & (2 ** 33 - 1))

@@ -23,16 +23,21 @@ from model.denoiser import StreamPlan
 from model.diffusion.process import NoisyTargets, absorbed_at
 from model.diffusion.schedule import alpha_sigma
 from model.diffusion_lm import DiffusionLM
+from model.errors import ConfigError
 from model.keyed_random import keyed_generator
+from model.original_samplers import diffuseq_v2_compat, nearest_row
 
 SOLVERS = {"dpmpp1": (1, False), "dpmpp2m": (2, False), "ancestral": (1, True), "dpmpp2m_sde": (2, True)}
 """Name -> (order, stochastic)."""
+COMPAT = "diffuseq_v2_compat"
+"""The original's solver (`model/original_samplers.py`), to repeat what it gives; only for its network."""
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """solver: a name of SOLVERS. steps: network evaluations. temperature: of the predicted distribution before its
-    mean is taken; below 1 sharpens. clamp: replace the mean by the nearest token's embedding (rounding)."""
+    """solver: a name of SOLVERS, or COMPAT, which knows no temperature and no clamp. steps: network evaluations.
+    temperature: of the predicted distribution before its mean is taken; below 1 sharpens. clamp: replace the mean by
+    the nearest token's embedding (rounding)."""
 
     solver: str = "dpmpp2m_sde"
     steps: int = 20
@@ -70,7 +75,7 @@ class _Network:
 
     def __init__(self, model: DiffusionLM, batch: PackedBatch, device: torch.device | str):
         self.model, self.copies, self.device = model, batch.sample_C.numel(), device
-        dtype = model.denoiser.side.dtype
+        dtype = model.embedding.dtype
         self.cached = model.config.diffusion.conditioning == "cached"
         if not self.cached:
             self.batch, self.plan = batch.to(device), model.prepare(batch, device=device, dtype=dtype).to(device)
@@ -106,6 +111,8 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
            trace: list[Tensor] | None = None) -> Drawn:
     """Denoises every target canvas of a CPU batch. All canvases have the same length and stand in the batch in the
     order of their copies. trace: is given the most likely tokens, [C, L] on the CPU, of every step."""
+    if settings.solver == COMPAT:
+        return _sample_compat(model, batch, settings, device)
     config = model.config
     length = int(batch.is_target_T.sum()) // batch.sample_C.numel()
     order, stochastic = SOLVERS[settings.solver]
@@ -155,10 +162,35 @@ def _estimate(model: DiffusionLM, output: Tensor, probability_NV: Tensor, rows_V
     """Expected clean canvas. Behind the end of a text stands filler, which the model is not trained to predict: the
     chance that token i lies there is that of an end token before i, 1 - prod_{j<i} (1 - p_j(end))."""
     if clamp:
-        mean_NE = rows_VE[probability_NV.argmax(-1)]
+        mean_NE = rows_VE[probability_NV.argmax(-1) if model.predicts_tokens else nearest_row(output, rows_VE)]
     else:
         mean_NE = probability_NV @ rows_VE if model.predicts_tokens else output
+    if model.config.diffusion.loss_over != "text":
+        return mean_NE
     going_on_CL = 1 - probability_NV[:, model.config.eos_id].view(-1, length)
     alive_CL = torch.cat((torch.ones_like(going_on_CL[:, :1]), going_on_CL.cumprod(1)[:, :-1]), dim=1)
     filler_E = rows_VE[model.config.pad_id]
     return torch.lerp(filler_E.expand_as(mean_NE), mean_NE, alive_CL.reshape(-1, 1))
+
+
+def _sample_compat(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings,
+                   device: torch.device | str) -> Drawn:
+    """`sample` by COMPAT: starts from plain noise without the absorbing vector, and decodes the state it ends in."""
+    config = model.config
+    if config.network != "bert":
+        raise ConfigError("sample.solver", f"{COMPAT} repeats what the original does with its own network, but "
+                          f"model.network is {config.network}: choose one of {', '.join(SOLVERS)}")
+    length = int(batch.is_target_T.sum()) // batch.sample_C.numel()
+    network, rows_VE = _Network(model, batch, device), model.rows()
+    start_NE = _CanvasNoise(batch, settings, length, config.embed_dim, device).normal()
+    origin_E = model.unshifted(torch.zeros(config.embed_dim, device=start_NE.device))
+    zeros_NE = torch.zeros_like(start_NE)
+    absorbed_N = torch.zeros_like(start_NE[:, 0], dtype=torch.bool)
+
+    def predict(x_NE: Tensor, step: float) -> Tensor:
+        level = model.schedule.log_snr_at(torch.tensor(step, device=x_NE.device)).float()
+        return network(x_NE - origin_E, absorbed_N, level, zeros_NE)[0] + origin_E
+
+    # Sources are not part of the state here: the network is given their embeddings anew at every call.
+    end_NE = diffuseq_v2_compat(model.schedule, predict, start_NE, lambda x_NE: x_NE, settings.steps) - origin_E
+    return Drawn(model.logits(end_NE, rows_VE).argmax(-1).view(-1, length).cpu(), end_NE.cpu())

@@ -94,7 +94,8 @@ class SampleConfig:
 
     solver: str = "dpmpp2m_sde"
     """dpmpp1 (first order, also DDIM), dpmpp2m (second order, multistep), dpmpp2m_sde (the same with fresh
-    noise) or ancestral."""
+    noise) or ancestral. diffuseq_v2_compat repeats what DiffuSeq-v2 calls DPM-Solver++; it samples wrongly
+    and is only for comparisons, with model.network = bert."""
     steps: int = 20
     """Calls of the network for one text."""
     temperature: float = 1.0
@@ -136,6 +137,10 @@ class RunConfig:
         need(self.model.diffusion.conditioning == "cached" or self.data.draws_per_source == 1,
              "data.draws_per_source", f"is {self.data.draws_per_source}, but in joint conditioning a source "
              "has one noised copy: set it to 1, or model.diffusion.conditioning to cached")
+        longest = self.data.longest_document()
+        need(self.model.network != "bert" or longest <= self.model.max_positions, "model.max_positions",
+             f"is {self.model.max_positions}, but a document may have {longest} tokens: raise it, or lower "
+             "data.max_source_tokens")
         positive = {"optim.lr": o.lr, "optim.eps": o.eps, "train.steps": t.steps,
                     "train.log_every": t.log_every, "train.expert_parallel_size": t.expert_parallel_size,
                     "sample.steps": s.steps,
@@ -155,8 +160,12 @@ class RunConfig:
         need(0 <= o.ema_decay < 1, "optim.ema_decay", f"must lie in [0, 1), not {o.ema_decay}")
         need(0 <= o.min_lr_ratio <= 1, "optim.min_lr_ratio", f"must lie in [0, 1], not {o.min_lr_ratio}")
         need(0 < o.decay_fraction <= 1, "optim.decay_fraction", f"must lie in (0, 1], not {o.decay_fraction}")
+        need(s.solver != "diffuseq_v2_compat" or self.model.network == "bert", "sample.solver",
+             "diffuseq_v2_compat repeats what the original does with its own network: set model.network to bert, or "
+             "choose another solver")
         choices = {"optim.schedule": (o.schedule, ("constant", "linear", "cosine", "wsd")),
-                   "sample.solver": (s.solver, ("dpmpp1", "dpmpp2m", "dpmpp2m_sde", "ancestral"))}
+                   "sample.solver": (s.solver, ("dpmpp1", "dpmpp2m", "dpmpp2m_sde", "ancestral",
+                                                "diffuseq_v2_compat"))}
         for key, (value, allowed) in choices.items():
             need(value in allowed, key, f"is '{value}', must be one of {', '.join(allowed)}")
 

@@ -28,7 +28,7 @@ def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
     with torch.device("meta"):
         network = DiffusionLM(model)
     total = sum(p.numel() for p in network.parameters())
-    experts = sum(p.numel() for block in network.denoiser.blocks for p in block.moe.experts.parameters())
+    experts = sum(p.numel() for name, p in network.named_parameters() if ".moe.experts." in name)
     active = total - experts + experts * model.moe.top_k // model.moe.experts
     batch = longest_document(run)
     plan = network.prepare(batch, device="cpu", dtype=torch.float32)

@@ -20,6 +20,7 @@ from trainer.errors import CheckpointError
 from trainer.kernels import DTYPES
 from trainer.launch import Ranks
 
+_TABLES = ("embedding", "denoiser.position")  # of tokens and of learned positions: no matrices
 _TAG = "engine"  # DeepSpeed's sub-folder inside a checkpoint
 
 
@@ -38,6 +39,12 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
         left = (steps - step) / max(1.0, optim.decay_fraction * steps)
         height = min(1.0, left)
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * height)
+
+
+def update_average(averages: list[Tensor], parts: list[Tensor], decay: float) -> None:
+    """average = decay * average + (1 - decay) * part, in place."""
+    for average, part in zip(averages, parts, strict=True):
+        average.lerp_(part.detach(), 1 - decay)
 
 
 class Engine:
@@ -61,8 +68,8 @@ class Engine:
 
     def _adamw(self, model: DiffusionLM, ds: DSConfig) -> torch.optim.Optimizer:
         optim = self.run.optim
-        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and name != "embedding"]
-        others = [p for name, p in model.named_parameters() if p.dim() < 2 or name == "embedding"]
+        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and name not in _TABLES]
+        others = [p for name, p in model.named_parameters() if p.dim() < 2 or name in _TABLES]
         groups = [{"params": matrices, "weight_decay": optim.weight_decay, "name": "decay"},
                   {"params": others, "weight_decay": 0.0, "name": "no_decay"}]
         # Sharded experts go into groups of their own, which ZeRO partitions over the ranks that hold them.
@@ -95,8 +102,7 @@ class Engine:
         if self.ema:
             # The average of few weights is short at first, so that it soon forgets the initial ones.
             decay = min(self.run.optim.ema_decay, (1 + self.updates) / (10 + self.updates))
-            for average, part in zip(self.ema, self._masters(), strict=True):
-                average.lerp_(part.detach(), 1 - decay)
+            update_average(self.ema, self._masters(), decay)
         return rate
 
     @property

@@ -14,8 +14,9 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 def chosen_kernels(config: ModelConfig, device: torch.device | str, dtype: torch.dtype) -> dict[str, str]:
     """Part of the network -> "backend (reason)". BackendUnavailable where one asked for by name cannot run."""
-    choices = {"attention": attention.choose_backend(config.attention.backend, device, dtype, config.head_dim),
-               "experts": moe.choose_backend(config.moe.backend, device, dtype, config.width, config.moe.ffn)}
+    choices = {"attention": attention.choose_backend(config.attention.backend, device, dtype, config.head_dim)}
+    if config.network == "sparse":
+        choices["experts"] = moe.choose_backend(config.moe.backend, device, dtype, config.width, config.moe.ffn)
     if config.moe.shared_ffn:
         choices["shared expert"] = moe.choose_backend(config.moe.backend, device, dtype, config.width,
                                                       config.moe.shared_ffn)

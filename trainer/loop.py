@@ -13,6 +13,7 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
+from model.diffusion.loss_second_moment import LossSecondMoment
 from model.diffusion_lm import DiffusionLM
 from model.flops import training_flops
 from model.moe.parallel import ExpertGroup
@@ -66,11 +67,14 @@ class TrainingRun:
         model.prior_count_V.copy_(torch.from_numpy(samples.canvas_counts()))
         if folder.init_from is not None:
             load_weights(model, model_folder(folder.init_from))
+        d = run.model.diffusion
+        self.times = LossSecondMoment(d.steps) if d.time_sampling == "loss_second_moment" else None
         self.engine = Engine(model, run, ds, ranks)
         self.model = self.engine.model
         self.step = self.resumed_at = self._resume()
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
-        self.metrics = StepMetrics(self.model.schedule, run.model.layers, run.model.moe.experts, ranks.device,
+        moe_layers = run.model.layers if run.model.network == "sparse" else 0
+        self.metrics = StepMetrics(self.model.schedule, moe_layers, run.model.moe.experts, ranks.device,
                                    peak_flops(ranks.device, self.engine.dtype), self.expert_group)
         self.starvation = StarvationWatch()
 
@@ -110,17 +114,23 @@ class TrainingRun:
 
     def _train_step(self, info: StepInfo, micro_batches: list) -> float:
         model, seed, device = self.model, self.run.train.seed, self.ranks.device
+        measured = torch.zeros((), dtype=torch.float64, device=device)
         for index, batch in enumerate(micro_batches):
             plan = model.prepare(batch, device=device, dtype=self.engine.dtype).to(device)
-            draw = training_draw(batch, self.run.model, seed, self.step).to(device)
+            draw = training_draw(batch, self.run.model, seed, self.step, self.times).to(device)
             batch = batch.to(device)
             sent = self.expert_group.sent_bytes
             report = self.engine.forward_backward(batch, plan, draw, info.loss_tokens, info.tokens)
             self._check_finite(report.total)
             self.metrics.add(report, batch, training_flops(self.run.model, plan, batch.sample_C.numel()),
                              self.expert_group.sent_bytes - sent)
+            if self.times is not None:
+                measured = measured + self.times.measure(batch, plan, draw, report)
             self.engine.accumulate(last=index == len(micro_batches) - 1)
         rate = self.engine.update(self.step)
+        if self.times is not None:
+            torch.distributed.all_reduce(measured)
+            self.times.observe(measured)
         self.metrics.count(info.loss_tokens, info.tokens)
         return rate
 
@@ -137,10 +147,10 @@ class TrainingRun:
         line |= {"lr": rate, "gradient_norm": self.engine.gradient_norm, "epoch": info.epoch,
                  "seconds": self.folder.seconds()}
         self.log.write("train", self.step, line)
-        if starving := self.starvation.notice(line["expert_tokens"]):
+        if self.metrics.layers and (starving := self.starvation.notice(line["expert_tokens"])):
             self.log.write("event", self.step, {"event": "experts starve", "layer_and_expert": starving})
             self.say(f"step {self.step}: {warning(starving)}", file=sys.stderr)
-        shown = {"ce": line["cross_entropy"], "balance": line["balance"], "gnorm": line["gradient_norm"]}
+        shown = {"loss": line["loss"], "ce": line["cross_entropy"], "gnorm": line["gradient_norm"]}
         bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | {
             "tok/s": f"{line['tokens_per_s']:,.0f}"})
 
@@ -184,6 +194,8 @@ class TrainingRun:
 
     def save(self) -> None:
         facts = {"topology": topology(self.run, self.ds, self.ranks.world)}
+        if self.times is not None:
+            facts["time_sampling"] = self.times.state()
         started = time.perf_counter()
         path = checkpoint.save(self.folder.path, self.step, facts, self.engine.save, self.ranks,
                                self.run.train.keep_last, self.run.train.keep_every)
@@ -197,6 +209,8 @@ class TrainingRun:
         path, manifest = found
         check_same(path, manifest["topology"], topology(self.run, self.ds, self.ranks.world))
         self.engine.load(path)
+        if self.times is not None:
+            self.times.load(manifest["time_sampling"])
         self.say(f"resumed from {path}")
         return manifest["step"]
 

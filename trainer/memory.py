@@ -48,14 +48,23 @@ def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: in
     """
     width, moe = model.width, model.moe
     copies = moe.top_k
-    # Block by block: two norms with their modulations, q, k, v before and after rotation, attention's output,
-    # then the experts' sorted inputs, hidden products and outputs.
-    block = tokens * (15 * width + copies * (2 * width + (2 if moe.gated else 1) * moe.ffn)
-                      + (2 if moe.gated else 1) * moe.shared_ffn) * size
-    kept = model.layers * tokens * width * size + block if recompute else model.layers * block
     inputs = model.embed_dim * (2 if model.diffusion.self_conditioning > 0 else 1)
-    stem = tokens * max(model.local_mixing, 1) * inputs * size
-    # Distributions over the vocabulary, in fp32: the posterior's softmax, and logits with their softmax.
+    if model.network == "sparse":
+        # Block by block: two norms with their modulations, q, k, v before and after rotation, attention's output,
+        # then the experts' sorted inputs, hidden products and outputs.
+        block = tokens * (15 * width + copies * (2 * width + (2 if moe.gated else 1) * moe.ffn)
+                          + (2 if moe.gated else 1) * moe.shared_ffn) * size
+        stem = tokens * max(model.local_mixing, 1) * inputs * size
+    else:
+        # q, k, v, attention's output, two norms' inputs and outputs, and the feed-forward before and after its GELU;
+        # what was dropped, in a byte each.
+        block = tokens * ((8 * width + 2 * moe.ffn) * size + (2 * width if model.dropout > 0 else 0))
+        stem = tokens * (inputs + 3 * width) * size
+    kept = model.layers * tokens * width * size + block if recompute else model.layers * block
+    # Distributions over the vocabulary, in fp32: the posterior's softmax, and logits with their softmax, or the
+    # softmax of rounding.
     predicts_tokens = model.diffusion.loss == "cross_entropy"
-    vocabulary = targets * model.vocab_size * 4 * ((1 if model.input == "bayes" else 0) + (2 if predicts_tokens else 1))
+    rounded = tokens if model.diffusion.loss_over == "document" else targets
+    vocabulary = model.vocab_size * 4 * ((targets if model.input == "bayes" else 0)
+                                         + (2 * targets if predicts_tokens else rounded))
     return kept + stem + vocabulary

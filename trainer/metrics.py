@@ -21,7 +21,6 @@ from model.moe.parallel import ExpertGroup
 from trainer.expert_traffic import count_traffic, traffic_line
 from trainer.expert_use import NOISE_BINS, POSITION_BINS, ExpertUse
 
-PER_TRAINED_TOKEN = ("cross_entropy", "mse", "rounding")
 _DRAWN_BY_INDEX = ("cross_entropy_by_noise", "expert_variation_by_layer", "router_entropy_by_layer",
                    "dead_experts_by_layer")
 
@@ -29,7 +28,8 @@ _DRAWN_BY_INDEX = ("cross_entropy_by_noise", "expert_variation_by_layer", "route
 class StepMetrics:
     """Accumulates loss reports between two lines of metrics.
 
-    All sums are over this rank's share; `reduce` adds the ranks' shares and divides by the global counts.
+    All sums are over this rank's share; `reduce` adds the ranks' shares and divides by the global counts. layers:
+    those with experts, of which there may be none.
     """
 
     def __init__(self, schedule: NoiseSchedule, layers: int, experts: int, device: torch.device,
@@ -60,7 +60,8 @@ class StepMetrics:
         place = ((high - report.log_snr_M) / (high - low) * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
         self.noise_sums[0].index_add_(0, place, report.cross_entropy_M)
         self.noise_sums[1].index_add_(0, place, torch.ones_like(report.cross_entropy_M))
-        self.expert_use.add(report, document_tenths(batch), place)
+        if self.layers:
+            self.expert_use.add(report, document_tenths(batch), place)
 
     def count(self, trained_tokens: int, tokens: int) -> None:
         """The global batch of one step."""
@@ -86,14 +87,13 @@ class StepMetrics:
         sizes = [part.numel() for part in parts]
         terms, noise, expert_use, loss, traffic, teraflops = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
-        line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
-                for name, value in zip(names, terms, strict=True)}
+        line = {name: float(value) / self.steps for name, value in zip(names, terms, strict=True)}
         line = {"loss": float(loss) / self.steps, **line}
         sums, number = noise.view(2, NOISE_BINS)
         line |= {
             "cross_entropy_by_noise": [round(float(s / n), 5) if n else None
                                        for s, n in zip(sums, number, strict=True)],
-            **self.expert_use.summary(expert_use, self.tokens),
+            **(self.expert_use.summary(expert_use, self.tokens) if self.layers else {}),
             "tokens_per_s": self.tokens / seconds,
             "trained_tokens_per_s": self.trained_tokens / seconds,
             "tflops_per_s": float(teraflops) / seconds,

@@ -7,6 +7,7 @@ the configuration without it, because some of its values follow from sizes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -51,19 +52,23 @@ PRESETS: dict[str, dict] = {"tiny": _TINY, "base": _BASE}
 
 
 def _diffuseq(config: RunConfig) -> dict:
-    """DiffuSeq's objective and conditioning (Gong et al. 2023) on this network: every token sees every other,
-    one dense feed-forward of the width that top-k experts have together, Gaussian noise, sqrt schedule, mean
-    squared error, rounding at every step of an ancestral sampler. 200 sampling steps are ours, in place of
-    2,000."""
-    data, moe = config.data, config.model.moe
+    """DiffuSeq (Gong et al. 2023) as its authors' code has it: their network, every token seeing every other,
+    learned lengths of embeddings, 2,000 steps of Gaussian noise by the sqrt schedule, every term of their loss over
+    source, target and filler, steps drawn by the second moment of their loss, rounding at every step of an ancestral
+    sampler. The feed-forward is as wide as top-k experts are together. 200 sampling steps are ours, in place of
+    2,000; and attention probabilities are not dropped."""
+    moe = config.model.moe
+    longest = replace(config.data, draws_per_source=1).longest_document()
     return {
-        # Twice the longest document: half a window to each side reaches from one end to the other.
-        "model": {"attention": {"window": 2 * data.row_tokens, "dilation": "1", "global_tokens": "none"},
+        # Half of a window to each side reaches from one end of the longest document to the other.
+        "model": {"network": "bert", "normalize_embeddings": False, "max_positions": longest, "dropout": 0.1,
+                  "attention": {"window": 2 * longest, "dilation": "1", "global_tokens": "none"},
                   "moe": {"experts": 1, "top_k": 1, "ffn": moe.top_k * moe.ffn, "gated": False,
                           "balance_weight": 0.0, "z_weight": 0.0},
                   "input": "noisy", "bayes_skip": False, "local_mixing": 0,
-                  "diffusion": {"schedule": "sqrt", "time_sampling": "uniform", "absorbing": 0.0,
-                                "loss": "mse", "conditioning": "joint", "self_conditioning": 0.0}},
+                  "diffusion": {"schedule": "sqrt", "steps": 2000, "time_sampling": "loss_second_moment",
+                                "absorbing": 0.0, "loss": "mse", "loss_over": "document", "embedding_noise": True,
+                                "terminal_loss": True, "conditioning": "joint", "self_conditioning": 0.0}},
         "data": {"draws_per_source": 1},
         "sample": {"solver": "ancestral", "steps": 200, "temperature": 1.0, "clamp": True},
     }

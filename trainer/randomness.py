@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from enum import IntEnum
 
 import torch
 
 from model.batch import PackedBatch
 from model.config import ModelConfig
+from model.diffusion.loss_second_moment import LossSecondMoment
 from model.diffusion_lm import NoiseDraw
 from model.keyed_random import keyed_generator
 
@@ -18,30 +20,45 @@ class Stream(IntEnum):
     COPY = 1
     JITTER = 2
     EVALUATION = 3
+    EMBEDDING = 4
+    DROPOUT = 5
 
 
-def training_draw(batch: PackedBatch, config: ModelConfig, seed: int, step: int) -> NoiseDraw:
-    """Time, noise, absorption and self-conditioning of every noised copy, on the CPU."""
+def training_draw(batch: PackedBatch, config: ModelConfig, seed: int, step: int,
+                  times: LossSecondMoment | None = None) -> NoiseDraw:
+    """Time, noise, absorption and self-conditioning of every noised copy, on the CPU. times: what learns from the
+    losses which times to draw, where the configuration asks for it."""
     stratified = config.diffusion.time_sampling == "stratified"
     stratum_C = batch.stratum_C.tolist()
-    times, guesses = [], []
+    drawn, guesses = [], []
 
     def one_copy(index: int, generator: torch.Generator) -> None:
         time, coin = torch.rand(2, generator=generator).tolist()
         if stratified:
             time = (stratum_C[index] + time) / batch.strata
-        times.append(time)
+        drawn.append(time)
         guesses.append(coin < config.diffusion.self_conditioning)
 
     noise_NE, uniform_N = _token_noise(batch, config, (Stream.COPY, seed, step), one_copy)
+    time_C, weight_C = torch.tensor(drawn), None
+    if times is not None:
+        time_C = times.draw(time_C)
+        weight_C = times.weights(time_C)
     return NoiseDraw(
-        time_C=torch.tensor(times), noise_NE=noise_NE, uniform_N=uniform_N,
+        time_C=time_C, weight_C=weight_C, noise_NE=noise_NE, uniform_N=uniform_N,
         guess_C=torch.tensor(guesses) if config.diffusion.self_conditioning > 0 else None,
-        jitter_LTD=_jitter(batch, config, seed, step) if config.moe.jitter > 0 else None)
+        jitter_LTD=_jitter(batch, config, seed, step) if config.moe.jitter > 0 else None,
+        embedding_noise_TE=_every_token(
+            batch, (Stream.EMBEDDING, seed, step), lambda count, generator: torch.randn(
+                count, config.embed_dim, generator=generator)) if config.diffusion.embedding_noise else None,
+        dropout_T=_every_token(
+            batch, (Stream.DROPOUT, seed, step), lambda count, generator: torch.empty(
+                count, dtype=torch.int64).random_(generator=generator)) if config.dropout > 0 else None)
 
 
 def evaluation_draw(batch: PackedBatch, config: ModelConfig, time_C: torch.Tensor, seed: int) -> NoiseDraw:
-    """Noise of an evaluation at given times; the same for every model, step and rank."""
+    """Noise of an evaluation at given times; the same for every model, step and rank. Embeddings are exact, as in
+    generation."""
     noise_NE, uniform_N = _token_noise(batch, config, (Stream.EVALUATION, seed), lambda index, generator: None)
     guess_C = torch.ones_like(time_C, dtype=torch.bool) if config.diffusion.self_conditioning > 0 else None
     return NoiseDraw(time_C=time_C, noise_NE=noise_NE, uniform_N=uniform_N, guess_C=guess_C)
@@ -61,6 +78,18 @@ def _token_noise(batch: PackedBatch, config: ModelConfig, key: tuple[int, ...], 
     noise_NE, uniform_N = torch.empty(copy_N.numel(), config.embed_dim), torch.empty(copy_N.numel())
     noise_NE[place_N], uniform_N[place_N] = torch.cat(normals), torch.cat(uniforms)
     return noise_NE, uniform_N
+
+
+def _every_token(batch: PackedBatch, key: tuple[int, ...],
+                 make: Callable[[int, torch.Generator], torch.Tensor]) -> torch.Tensor:
+    """What `make` gives for every token of the batch, from one stream for each copy, its tokens in packed order."""
+    place_T = torch.argsort(batch.copy_T, stable=True)
+    counts = torch.bincount(batch.copy_T, minlength=batch.sample_C.numel()).tolist()
+    made = torch.cat([make(count, keyed_generator(*key, sample, draw)) for count, sample, draw
+                      in zip(counts, batch.sample_C.tolist(), batch.draw_C.tolist(), strict=True)])
+    in_order = torch.empty_like(made)
+    in_order[place_T] = made
+    return in_order
 
 
 def _jitter(batch: PackedBatch, config: ModelConfig, seed: int, step: int) -> torch.Tensor:

@@ -133,8 +133,24 @@ MISTAKES = [
             "width 4; it must be a multiple of 8", set=("model.attention.heads=8",)),
     Mistake("Run configuration", "more experts for a token than there are", "model.moe.top_k: 5 of 4 experts: must "
             "lie between 1 and model.moe.experts", set=("model.moe.top_k=5",)),
-    Mistake("Run configuration", "a name that is not one of the choices", "sample.solver: is 'ddim', must be one of "
-            "dpmpp1, dpmpp2m, dpmpp2m_sde, ancestral", set=("sample.solver=ddim",)),
+    Mistake("Run configuration", "a name that is not one of the choices", "sample.solver: is 'euler', must be one of "
+            "…dpmpp2m, …ancestral…", set=("sample.solver=euler",)),
+    Mistake("Run configuration", "DiffuSeq's network with what it has no place for", "model.input: is bayes, but "
+            "model.network = bert only knows noisy: set it so, or choose model.network = sparse",
+            set=("model.network=bert",)),
+    Mistake("Run configuration", "documents longer than learned positions", "model.max_positions: is 32, but a "
+            "document may have 64 tokens: raise it, or lower data.max_source_tokens",
+            arguments=("--recipe", "diffuseq"),
+            set=("data.draws_per_source=1", "model.moe.experts=1", "model.max_positions=32")),
+    Mistake("Run configuration", "discrete steps of a continuous schedule", "model.diffusion.steps: log_snr is a "
+            "schedule of continuous time: set this to 0, or the schedule to sqrt, cosine or linear",
+            set=("model.diffusion.steps=2000",)),
+    Mistake("Run configuration", "a loss over sources that predicts tokens", "model.diffusion.loss_over: document "
+            "compares predicted embeddings, sources' included: set model.diffusion.loss to mse",
+            set=("model.diffusion.loss_over=document",)),
+    Mistake("Run configuration", "DiffuSeq-v2's solver for another network", "sample.solver: diffuseq_v2_compat "
+            "repeats what the original does with its own network: set model.network to bert, or choose another solver",
+            set=("sample.solver=diffuseq_v2_compat",)),
     Mistake("Run configuration", "a learning rate of 0", "optim.lr: must be positive, not 0.0", set=("optim.lr=0",)),
     Mistake("Run configuration", "rows too short for the targets", "data.row_tokens: 16 tokens cannot hold "
             "data.draws_per_source x data.max_target_tokens = 2 x 16: raise it or lower the others",

@@ -57,7 +57,7 @@ def test_file_may_choose_preset_and_recipe(write, name, text):
 
 def test_recipe_follows_the_sizes_that_the_command_line_decides():
     config = load("tiny", "diffuseq", overrides=["data.row_tokens=1024", "model.moe.ffn=96"])
-    assert config.model.attention.window == 2048
+    assert config.model.attention.window == 2 * config.model.max_positions == 2 * (320 + 128)
     assert load("base", "diffuseq").model.moe.ffn == 3072
     assert config.model.moe.ffn == 96  # what is said outright stands
 

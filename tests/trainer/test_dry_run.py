@@ -28,11 +28,20 @@ def test_every_preset_with_every_deepspeed_json(preset, ds, monkeypatch):
     assert all(word in text for word in ("parameters:", "FLOPs:", "reach:", "attention:", "memory of a rank of 8"))
 
 
+@pytest.mark.parametrize("recipe", ["diffuseq", "moe_diffuseq"])
+def test_every_recipe(recipe):
+    ds = load_ds_config(ROOT / "ds_configs" / "cpu_zero2.json")
+    text = describe_run(load("base", recipe), ds, world=8)
+    assert "parameters:" in text and ("experts:" in text) == (recipe == "moe_diffuseq")
+
+
 @pytest.mark.parametrize("changes", [
+    {"recipe": "diffuseq"}, {"recipe": "diffuseq", "model.layers": 5, "model.dropout": 0.0},
     {}, {"model.width": 256, "model.layers": 5}, {"model.moe.top_k": 1, "model.moe.ffn": 512}, {"data.vocab_size": 512},
     {"model.diffusion.self_conditioning": 0.5, "model.local_mixing": 0}, {"model.moe.gated": "false"}])
 def test_activations_are_near_what_backward_keeps(changes):
-    run = load("tiny", overrides=[f"{key}={value}" for key, value in changes.items()])
+    recipe = changes.get("recipe", "")
+    run = load("tiny", recipe, overrides=[f"{key}={value}" for key, value in changes.items() if key != "recipe"])
     run = replace(run, model=replace(run.model, vocab_size=run.data.vocab_size))
     model = DiffusionLM(run.model)
     model.init_weights(0)

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
+from tests.model.parity.golden import load
 from tests.model.small import CANVAS, batch_of
 from trainer.config import OptimConfig
-from trainer.engine import learning_rate
+from trainer.engine import learning_rate, update_average
 from trainer.metrics import document_tenths
 
 
@@ -27,6 +28,14 @@ def test_schedules_at_known_steps():
     assert rates(schedule="cosine")[35] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + 2 ** -0.5), abs=1e-9)
     wsd = rates(schedule="wsd", decay_fraction=0.2)
     assert set(wsd[10:88]) == {1.0} and wsd[89] < 1 and wsd[110] == pytest.approx(0.1 + 0.9 / 22.2)
+
+
+def test_average_is_updated_as_the_original_does():
+    golden = load("ema_update")
+    average = golden["parameters"][0].clone()
+    for parameters, expected in zip(golden["parameters"][1:], golden["ema"], strict=True):
+        update_average([average], [parameters], 0.9999)
+        torch.testing.assert_close(average, expected, rtol=1e-6, atol=1e-6)
 
 
 def test_tokens_lie_in_tenths_of_their_own_document():

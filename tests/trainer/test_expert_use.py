@@ -30,7 +30,7 @@ def micro_batch(seed: int, device: str = "cpu") -> tuple[LossReport, PackedBatch
     aux = [MoEAux(torch.zeros(()), torch.zeros(()), torch.rand((), generator=generator) * tokens,
                   torch.zeros(EXPERTS), index_Tk.topk(2).indices) for index_Tk in index_LTk]
     empty = torch.zeros(0)
-    report = LossReport(torch.rand((), generator=generator), {"cross_entropy": torch.ones(())},
+    report = LossReport(torch.rand((), generator=generator), {"cross_entropy": torch.ones(())}, empty,
                         torch.rand(12, generator=generator), LOW + (HIGH - LOW) * torch.rand(12, generator=generator),
                         token_M, aux)
     batch = PackedBatch(tokens_T=empty, document_T=document_T, position_T=position_T, is_target_T=empty, draw_T=empty,

@@ -53,11 +53,38 @@ def test_the_papers_recipes_train_evaluate_and_generate(workplace, recipe):
     run_dir = folder / recipe
     settings = {**settings, "data.draws_per_source": 1, "train.steps": 6, "train.eval_every": 3,
                 "train.sample_every": 6}
+    terms = {"mse", "rounding", "cross_entropy"}
+    if recipe == "diffuseq":
+        settings |= {"model.moe.experts": 1, "model.attention.window": 128}
+        terms |= {"terminal"}
     finish(start(1, ds_config(folder, micro=1, stage=1), run_dir, settings, "--recipe", recipe))
     train, evaluated = lines(run_dir), lines(run_dir, "eval")
-    assert {"mse", "rounding", "cross_entropy"} <= train[-1].keys() and train[-1]["loss"] < train[0]["loss"]
+    assert terms <= train[-1].keys() and train[-1]["loss"] < train[0]["loss"]
     assert len(evaluated) == 2 and evaluated[-1]["tokens"] > 0
     assert len((run_dir / "samples" / "step-00000006.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.slow
+def test_time_sampling_by_loss_is_the_same_on_ranks_and_after_a_resume(workplace):
+    """In 4 steps of time, so that the losses decide after a few training steps; with dropout and noised embeddings."""
+    folder, settings, _ = workplace
+    settings = {**settings, "data.draws_per_source": 1, "train.steps": 20, "train.save_every": 14,
+                "model.moe.experts": 1, "model.attention.window": 128, "model.diffusion.steps": 4}
+    one, two = folder / "losses-1", folder / "losses-2"
+    ds = ds_config(folder, micro=2, stage=2)
+    finish(start(1, ds, one, settings, "--recipe", "diffuseq"))
+    finish(start(2, ds_config(folder, micro=1, stage=2), two, settings, "--recipe", "diffuseq"))
+    names = ("loss", "mse", "rounding", "terminal", "cross_entropy", "gradient_norm")
+    for single, double in zip(lines(one), lines(two), strict=True):
+        for name in names:
+            assert double[name] == pytest.approx(single[name], rel=1e-4), (single["step"], name)
+    checkpoint = one / "checkpoints" / "step-00000014"
+    seen = json.loads((checkpoint / "manifest.json").read_text())["time_sampling"]["seen"]
+    assert min(seen) >= 10  # warmed up
+    before = lines(one)
+    finish(start(1, ds, one, settings, "--recipe", "diffuseq", "--resume", str(checkpoint)))
+    for first, again in zip(before, lines(one), strict=True):
+        assert all(first[name] == again[name] for name in names), first["step"]
 
 
 def test_a_run_keeps_what_it_was_made_with(workplace):

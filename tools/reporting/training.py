@@ -16,6 +16,9 @@ _TERMS = {"loss": ("Loss", "loss", "What is minimised: the terms by their weight
           "cross_entropy": ("Cross-entropy", "nats", "Of the prediction, per trained token."),
           "mse": ("Squared error", "mse", "Between predicted and true embedding, per trained token."),
           "rounding": ("Rounding", "nats", "Cross-entropy of the true embedding, per trained token."),
+          "terminal": ("Signal left at the end", "mse", "Squared length of what is left of an embedding, per trained "
+                       "token."),
+          "absorbing_norm": ("Absorbing vector", "length", "Its length, before its weight in the loss."),
           "balance": ("Load balance", "balance", "1 where all experts are used equally."),
           "router_z": ("Router z", "z", "Mean square of the log-sum-exp of the router's logits.")}
 _SYSTEMS = {"model": "model", "shuffled_sources": "wrong source", "context_free": "context-free"}
@@ -125,7 +128,8 @@ def experts(runs: Sequence[Run]) -> str:
     """How evenly each layer's experts are used."""
     done = [run for run in runs if any("expert_tokens" in line for line in run.of_kind("train"))]
     if not done:
-        return missing("No use of experts in metrics.jsonl: this version of the trainer writes it")
+        return missing("No use of experts in metrics.jsonl: the network has none, or an older version of the trainer "
+                       "wrote it")
     measures = (("expert_variation_worst", "Variation of the most uneven layer", "std / mean",
                  "Of the experts' shares of the tokens; 0 where all are used equally."),
                 ("router_entropy", "Router entropy", "nats per token",

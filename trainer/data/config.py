@@ -50,6 +50,11 @@ class DataConfig:
     """Folder for trained vocabularies, tokenized corpora and the data sets behind them; best on a disk that
     all nodes share, otherwise each node fills its own."""
 
+    def longest_document(self) -> int:
+        """Tokens of the longest source that is kept, with one canvas."""
+        room = self.row_tokens - (self.draws_per_source - 1) * self.max_target_tokens
+        return min(room, self.max_source_tokens + self.max_target_tokens) if self.max_source_tokens else room
+
     def validate(self) -> None:
         """Refuses impossible values with ConfigError."""
         def need(ok: bool, key: str, problem: str) -> None:
