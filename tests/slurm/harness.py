@@ -23,7 +23,8 @@ class Cluster:
     """Nine nodes, named node1 to node9, of which a job takes the first eight that may be used."""
 
     def __init__(self, folder: Path):
-        self.folder = folder
+        self.folder, self.data = folder, folder / "data"
+        self.data.mkdir()
         self._server = subprocess.Popen([str(SCRIPT), str(folder), "up"], stdout=subprocess.PIPE, text=True)
         if self._server.stdout.readline().strip() != "ready":
             self._server.wait()
@@ -32,6 +33,13 @@ class Cluster:
     def close(self) -> None:
         self._server.terminate()
         self._server.wait()
+
+    def wait_for_nodes(self) -> None:
+        """Until all nodes are idle."""
+        deadline = time.monotonic() + 60
+        while len(self.do("exec", "sinfo", "-h", "-N", "-p", "main", "-t", "idle").splitlines()) < NODES + SPARES:
+            assert time.monotonic() < deadline, self.do("exec", "sinfo", "-R")
+            time.sleep(0.3)
 
     def do(self, action: str, *arguments: object, check: bool = True, env: dict | None = None) -> str:
         """An action of cluster.sh; its output. Fails with everything that was printed."""
