@@ -24,8 +24,8 @@ _RANK_VARIABLES = (
     ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
-"""Rank, world, rank on this machine, ranks on this machine: of OpenMPI; of a step of SLURM's srun (a batch script itself
-is none, and has no SLURM_STEP_*); of MPICH and Intel MPI."""
+"""Rank, world, rank on this machine, ranks on this machine: of OpenMPI; of a step of SLURM's srun (a batch script is
+none, and has no SLURM_STEP_*); of MPICH and Intel MPI."""
 
 
 @dataclass(frozen=True)

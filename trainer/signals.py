@@ -26,8 +26,8 @@ class StopRequest:
 
     @staticmethod
     def dismiss() -> None:
-        """The run is over: from here on requests are ignored. Python takes its handlers away before the process ends, and
-        a request that is repeated would then kill it, as if it had failed."""
+        """The run is over: from here on requests are ignored. Python takes its handlers away before the process ends,
+        and a request that is repeated would then kill it, as if it had failed."""
         for number in HANDLED:
             signal.signal(number, signal.SIG_IGN)
 

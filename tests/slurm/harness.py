@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import subprocess
@@ -12,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.trainer.launching import ROOT, SMALL, lines
+from tests.trainer.launching import ROOT, lines
 
 SCRIPT = ROOT / "tests" / "slurm" / "cluster.sh"
 NODES, SPARES = 8, 1
@@ -49,8 +48,8 @@ class Cluster:
             raise RuntimeError(f"{action} {arguments}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout + (done.stderr if not check else "")
 
-    def submit(self, run_dir: Path, training: list[str], *, sbatch: tuple[str, ...] = (), script: str = "train_8node.sh",
-               **settings: str) -> Job:
+    def submit(self, run_dir: Path, training: list[str], *, sbatch: tuple[str, ...] = (),
+               script: str = "train_8node.sh", **settings: str) -> Job:
         """Queues a training of one rank a node. settings: environment variables of the job, such as PREFLIGHT."""
         env = {"PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PREFLIGHT": "nodes",
                "PREFLIGHT_SECONDS": "20", **settings}
@@ -122,14 +121,6 @@ class Job:
         parts = [f"--- {path.relative_to(self.run_dir)}\n{path.read_text(errors='replace')[-2000:]}" for path in logs
                  if path.suffix == ".log" or path.suffix == ".verdict"]
         return "\n".join([self.state, self.printed, *parts])
-
-
-def training(settings: dict, ds: Path) -> list[str]:
-    """Arguments of trainer/run.py for a small model."""
-    arguments = ["--ds_config", str(ds)]
-    for key, value in {**SMALL, **settings}.items():
-        arguments += ["--set", f"{key}={value if isinstance(value, str) else json.dumps(value)}"]
-    return arguments
 
 
 def weights(run_dir: Path) -> bytes:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.harness import training, weights
-from tests.trainer.launching import ROOT, ds_config, lines, write_corpus
+from tests.slurm.harness import weights
+from tests.trainer.launching import ROOT, ds_config, lines, training_arguments, write_corpus
 
 pytestmark = pytest.mark.slow
 LOSSES = ("loss", "cross_entropy", "balance", "router_z", "gradient_norm")
@@ -20,8 +20,8 @@ STEPS = 24
 @pytest.fixture(scope="module")
 def workplace(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
-    return folder, training({**write_corpus(cluster.data), "train.steps": STEPS, "train.save_every": 5, "train.keep_last": 0},
-                            ds_config(folder, micro=1, stage=2))
+    settings = {**write_corpus(cluster.data), "train.steps": STEPS, "train.save_every": 5, "train.keep_last": 0}
+    return folder, training_arguments(ds_config(folder), settings)
 
 
 @pytest.fixture(scope="module")

@@ -2,8 +2,8 @@
 
     srun --ntasks-per-node=1 python tools/cluster/node_probe.py PLAN.json
 
-Takes a second, and neither PyTorch nor a GPU's memory. Every node listens on the plan's port, greets every other one and
-is told the time there; nothing waits longer than the plan's seconds.
+Takes a second, and neither PyTorch nor a GPU's memory. Every node listens on the plan's port, greets every other one
+and is told the time there; nothing waits longer than the plan's seconds.
 """
 
 import sys
@@ -107,24 +107,27 @@ def facts() -> dict[str, str]:
     code = hashlib.sha256()
     for path in sorted(path for room in ("model", "trainer") for path in (_ROOT / room).rglob("*.py")):
         code.update(path.read_bytes())
-    packages = {distribution.metadata["Name"]: distribution.version for distribution in importlib.metadata.distributions()}
+    packages = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
     kinds = {f"{name}, driver {driver}" for _, name, driver, _ in _gpus()}
     return {**packages, "python": platform.python_version(), "libc": " ".join(platform.libc_ver()),
             "code of model/ and trainer/": code.hexdigest()[:12], "GPUs": "; ".join(sorted(kinds))}
 
 
 class Mesh:
-    """Greets all other nodes and is greeted by them. `clock_offset`: seconds that each other's clock is ahead."""
+    """Greets all other nodes and is greeted by them. `clock_offset`: seconds that each other's clock is ahead.
 
-    def __init__(self, node: str, others: list[str], port: int, seconds: float):
-        self.node, self.others, self.port = node, others, port
+    address: to listen at; empty for all of this machine's.
+    """
+
+    def __init__(self, node: str, others: list[str], port: int, seconds: float, address: str = ""):
+        self.node, self.others, self.port, self.address = node, others, port, address
         self.deadline = time.monotonic() + seconds
         self.greeted_by: set[str] = set()
         self.unreached: dict[str, str] = {}
         self.clock_offset: dict[str, float] = {}
 
     def meet(self) -> None:
-        with socket.create_server(("", self.port), backlog=256) as server:
+        with socket.create_server((self.address, self.port), backlog=256) as server:
             threading.Thread(target=self._answer, args=(server,), daemon=True).start()
             with ThreadPoolExecutor(max(1, min(32, len(self.others)))) as pool:
                 list(pool.map(self._greet, self.others))

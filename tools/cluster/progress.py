@@ -5,7 +5,8 @@
     python tools/cluster/progress.py ending RUN_DIR LOGS --srun CODE [--asked]
                                                              finished, requeue, stopped, or failed with an exit code
 
-LOGS is the folder of one attempt: `rank-NNN.log` of every rank, and `srun.log`, where SLURM says who ended how. Only reads.
+LOGS is the folder of one attempt: `rank-NNN.log` of every rank, and `srun.log`, where SLURM says who ended how. This
+only reads.
 """
 
 import sys
@@ -16,15 +17,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import argparse
 import json
 import re
+import signal
 import tomllib
 from typing import NamedTuple
 
 from trainer.errors import ExitCode
 
-_TASK = re.compile(r"srun: error: (?P<node>[^:]+): tasks? (?P<task>\d+)[^:]*: (?P<how>.*)")
+_TASKS = re.compile(r"srun: error: (?P<nodes>[^:]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.*)")
 _EXITED = re.compile(r"Exited with exit code (\d+)")
-_REQUEUED_REASONS = ("SIGUSR1", "SIGTERM")
-"""Requests to save that come from SLURM: the time limit and preemption. Others come from the user, and end the job."""
+_SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals()}
+_REQUEUED_REASONS = ("SIGUSR1", "SIGTERM", "another rank's request")
+"""Requests to save that come from SLURM: the time limit and preemption. Others (a time budget, a key pressed) come from
+the user, and end the job."""
 
 
 class Failure(NamedTuple):
@@ -55,33 +59,34 @@ def newest_checkpoint(run_dir: Path) -> int:
 def first_failure(logs: Path) -> Failure | None:
     """Who failed first, and with which words.
 
-    The trainer lets only one rank speak. A rank that could not speak (it was killed, it crashed) is known to SLURM alone.
-    Other ranks' "lost another rank" and what srun itself ended afterwards are consequences.
+    The trainer lets only one rank speak. A rank that could not speak (it was killed, it crashed) is known to SLURM
+    alone. Other ranks' "lost another rank" and what srun itself ended afterwards are consequences.
     """
     said = {int(path.stem.removeprefix("rank-")): _error_line(path) for path in sorted(logs.glob("rank-*.log"))}
-    ends = _ends(logs / "srun.log")
-    codes = {rank: code for rank, _, _, code in ends}
+    ends = _ends(logs)
+    codes = {end.rank: end.code for end in ends}
     lost = {rank for rank, text in said.items() if text and codes.get(rank) == ExitCode.COMMUNICATION}
-    speakers = [rank for rank, text in said.items() if text and rank not in lost]
-    for rank in speakers:
-        return Failure(rank, _node(logs, rank), said[rank], codes.get(rank, ExitCode.UNEXPECTED))
-    for end in [*(end for end in ends if end.code > 128), *ends]:
-        if end.rank not in lost:
-            text = end.text if end.code > 128 else f"{end.text}: {_final_words(logs / f'rank-{end.rank:03d}.log')}"
-            return end._replace(text=text)
+    for rank, text in said.items():
+        if text and rank not in lost:
+            return Failure(rank, _node(logs, rank), text, codes.get(rank, ExitCode.UNEXPECTED))
+    for end in [*(end for end in ends if end.code > 128), *(end for end in ends if end.rank not in lost)]:
+        return end if end.code > 128 else end._replace(text=f"{end.text}: {_final_words(logs, end.rank)}")
     for rank in sorted(lost):
         return Failure(rank, _node(logs, rank), said[rank], codes[rank])
     return None
 
 
-def _ends(path: Path) -> list[Failure]:
+def _ends(logs: Path) -> list[Failure]:
     """What srun says of tasks that did not end well, in its order."""
-    found = []
+    found, path = [], logs / "srun.log"
     for line in path.read_text(errors="replace").splitlines() if path.exists() else []:
-        if match := _TASK.match(line):
+        if match := _TASKS.match(line):
             exited = _EXITED.match(match["how"])
-            found.append(Failure(int(match["task"]), match["node"], match["how"],
-                                 int(exited[1]) if exited else 128 + 9))
+            code = int(exited[1]) if exited else 128 + _SIGNALS.get(match["how"].partition(" (")[0], signal.SIGKILL)
+            for part in match["tasks"].split(","):
+                first, _, last = part.partition("-")
+                found += [Failure(rank, _node(logs, rank) or match["nodes"], match["how"], code)
+                          for rank in range(int(first), int(last or first) + 1)]
     return found
 
 
@@ -90,14 +95,18 @@ def _error_line(path: Path) -> str:
     return lines[0] if lines else ""
 
 
-def _final_words(path: Path) -> str:
+def _final_words(logs: Path, rank: int) -> str:
+    path = logs / f"rank-{rank:03d}.log"
     lines = path.read_text(errors="replace").split("\n") if path.exists() else []
     return next((line.strip() for line in reversed(lines) if line.strip()), "it wrote nothing")
 
 
 def _node(logs: Path, rank: int) -> str:
-    """As the first line of its log says (`slurm/lib/rank.sh`)."""
-    with (logs / f"rank-{rank:03d}.log").open(errors="replace") as file:
+    """As the first line of its log says (`slurm/lib/rank.sh`); empty without a log."""
+    path = logs / f"rank-{rank:03d}.log"
+    if not path.exists():
+        return ""
+    with path.open(errors="replace") as file:
         return file.readline().rpartition(" on ")[2].strip()
 
 
@@ -121,8 +130,8 @@ def status(run_dir: Path, logs: Path) -> str:
 def ending(run_dir: Path, logs: Path, srun: int, asked: bool) -> tuple[str, int]:
     """What became of an attempt, and the exit code of the job if this was its last.
 
-    srun: its exit code. asked: whether the job's script passed on a request to save. srun's code alone says little: with
-    --kill-on-bad-exit it is that of the ranks which srun ended.
+    srun: its exit code. asked: whether the job's script passed on a request to save. srun's code alone says little:
+    with --kill-on-bad-exit it is that of the ranks which srun ended.
     """
     marker = run_dir / "status.json"
     left = json.loads(marker.read_text()) if marker.exists() else {}

@@ -50,8 +50,8 @@ def working_device(local_rank: int, gpus: int) -> torch.device:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     elif gpus and os.environ.get("DS_ACCELERATOR") != "cpu":
-        raise RuntimeError("PyTorch finds no GPU (its build, the driver or CUDA_VISIBLE_DEVICES); to train on CPUs, set "
-                           "DS_ACCELERATOR=cpu")
+        raise RuntimeError("PyTorch finds no GPU (its build, the driver or CUDA_VISIBLE_DEVICES); to train on CPUs "
+                           "export DS_ACCELERATOR=cpu")
     else:
         device = torch.device("cpu")
     ones = torch.ones(_SIDE, _SIDE, device=device)

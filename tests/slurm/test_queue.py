@@ -1,0 +1,118 @@
+"""How a job comes back, or does not: preemption, chains, caps, missing spares. Two nodes each, the real trainer."""
+
+import re
+
+import pytest
+
+from tests.slurm.harness import Job
+from tests.trainer.launching import ds_config, lines, training_arguments, write_corpus
+
+pytestmark = pytest.mark.slow
+STEPS = 16
+TWO = ("--nodes=2",)
+
+
+@pytest.fixture(scope="module")
+def workplace(cluster, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("queue")
+    settings = {**write_corpus(cluster.folder / "queue-data"), "train.steps": STEPS, "train.save_every": 5}
+    return folder, training_arguments(ds_config(folder), settings)
+
+
+@pytest.mark.parametrize("script", ["train_8node.sh", "train_1node.sh"])
+def test_slurm_accepts_the_scripts_as_they_are(cluster, script):
+    assert "to start at" in cluster.do("exec", "sbatch", "--test-only", f"slurm/{script}", check=False)
+
+
+def test_ranks_of_one_node_share_its_gpus(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "one_node", arguments, sbatch=("--ntasks-per-node=2", "--gpus-per-node=2"),
+                         script="train_1node.sh", PREFLIGHT="full")
+    job.completed()
+    assert [job.log(rank=rank).splitlines()[0] for rank in (0, 1)] == [f"rank {r} of 2 on node1" for r in (0, 1)]
+    assert lines(job.run_dir)[-1]["step"] == STEPS
+
+
+def test_preempted_job_saves_and_comes_back(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "preempted", arguments, sbatch=TWO)
+    job.wait_for_step(4)
+    cluster.do("exec", "sbatch", "--partition=high", "--nodes=9", "--exclusive", f"--output={folder}/high.out",
+               "--wrap=sleep 1")
+    job.completed()
+    assert job.facts["Restarts"] == "1" and "the ranks are asked to save" in job.printed
+    saved = int(re.search(r"saved: step (\d+)", job.printed)[1])
+    assert f"checkpoints/step-{saved:08d}" in job.log()
+
+
+def _links(job: Job) -> dict[str, str]:
+    """State of each link of a chain."""
+    shown = job.cluster.do("exec", "scontrol", "-o", "show", "job", job.number)
+    return dict(re.findall(r"ArrayTaskId=(\S+).*? JobState=(\S+)", shown))
+
+
+def test_chain_continues_in_its_next_link_and_ends_with_the_run(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "chain", arguments, sbatch=(*TWO, "--array=1-4%1", "--no-requeue"))
+    job.wait(lambda: job.steps() >= 4, 120, "step 4")
+    cluster.do("exec", "scancel", "--batch", "--signal=USR1", f"{job.number}_1")
+    job.wait(lambda: _links(job).get("2") in ("COMPLETED", "FAILED"), 120, "end of the second link")
+    links = _links(job)
+    assert links.pop("1") == links.pop("2") == "COMPLETED" and set(links.values()) == {"CANCELLED"}
+    assert [path.name for path in job.logs] == ["link-1-restart-0", "link-2-restart-0"]
+    assert "resumed from" in job.log() and lines(job.run_dir)[-1]["step"] == STEPS
+    assert f"step {STEPS}/{STEPS}" in job.status()
+
+
+def test_chain_of_jobs_that_would_run_at_once_is_refused(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "crowd", arguments, sbatch=(*TWO, "--array=1-2"))
+    job.wait(lambda: "FAILED" in _links(job).values(), 30, "refusal")
+    assert "--array=1-10%1" in job.printed and not job.run_dir.exists()
+
+
+def test_where_requeueing_is_forbidden_the_job_says_so(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "forbidden", arguments, sbatch=(*TWO, "--no-requeue"))
+    job.wait_for_step(3)
+    cluster.do("exec", "scancel", "--batch", "--signal=USR1", job.number)
+    assert job.end() == "FAILED" and job.facts["ExitCode"] == "75:0"
+    assert "saved: step" in job.printed and "submit it again, or as a chain" in job.printed
+
+
+def test_failures_are_tried_again_where_that_is_wanted(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "retried", arguments, sbatch=TWO, RETRY_FAILURES="yes")
+    job.wait_for_step(7)
+    cluster.do("node", 2, "pkill", "-KILL", "-f", "trainer/run.py")
+    job.completed()
+    assert "rank 1 on node2 failed first: Killed" in job.printed
+    assert job.facts["Restarts"] == "1" and "checkpoints/step-00000005" in job.log()
+
+
+def test_starts_that_add_nothing_come_to_an_end(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "idle", arguments, sbatch=(*TWO, "--hold"), MAX_IDLE_STARTS="2")
+    starts = job.run_dir / "logs" / job.number / "starts"
+    starts.parent.mkdir(parents=True)
+    starts.write_text("0\n0\n")
+    cluster.do("exec", "scontrol", "release", job.number)
+    assert job.end(60) == "FAILED" and "2 starts in a row have added no checkpoint to step 0" in job.printed
+
+
+def test_without_a_spare_the_job_names_the_bad_node_and_ends(cluster, workplace):
+    folder, arguments = workplace
+    cluster.do("gpus", 7, 6)
+    try:
+        job = cluster.submit(folder / "no_spare", arguments, sbatch=("--nodes=9",))
+        assert job.end(60) == "FAILED" and job.facts["ExitCode"] == "92:0"
+    finally:
+        cluster.do("gpus", 7, 8)
+    assert "bad node node7: 6 of 8 GPUs" in job.printed and "no 9 nodes without node7" in job.printed
+
+
+def test_missing_data_is_nobodys_node(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "no_data", [*arguments, "--set", "data.train=nowhere.jsonl"], sbatch=TWO)
+    assert job.end(60) == "FAILED" and job.facts["ExitCode"] == "81:0" and job.facts["Restarts"] == "0"
+    assert "data.train: nowhere.jsonl" in job.printed
