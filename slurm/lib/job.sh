@@ -37,6 +37,7 @@ done
 run_dir=$(realpath -m "$run_dir")
 arguments+=(--run_dir "$run_dir")
 logs=$run_dir/logs/$job/$attempt
+ranks=${SLURM_NTASKS:-$((SLURM_JOB_NUM_NODES * ${SLURM_NTASKS_PER_NODE:-1}))}
 plan=$logs/preflight/plan.json
 export NODE_CACHES=$scratch/caches-$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}
 
@@ -76,20 +77,20 @@ wait_for() { # wait_for PID: its exit code; a trapped signal only interrupts the
 }
 
 # ---- queue again
-requeue() { # requeue [EXCLUDED NODES]
+requeue() { # requeue CODE [EXCLUDED NODES]: CODE is that of a link of a chain, which ends instead
     local excluded
     excluded=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-    excluded=$(printf '%s\n' "${excluded#(null)}" "${1:-}" | sed '/^$/d' | paste -sd,)
+    excluded=$(printf '%s\n' "${excluded#(null)}" "${2:-}" | sed '/^$/d' | paste -sd,)
     if [ -n "$chain" ]; then
-        [ -z "${1:-}" ] || scontrol update "JobId=$job" "ExcNodeList=$excluded" || true
+        [ -z "${2:-}" ] || scontrol update "JobId=$job" "ExcNodeList=$excluded" || true
         say "the next link of the chain continues"
-        exit 0
+        exit "$1"
     fi
     trap '' TERM # of the requeue, until the nodes are excluded
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         end 75 "this cluster forbids to queue the job again: submit it again, or as a chain (docs/cluster.md)"
     fi
-    [ -z "${1:-}" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded"
+    [ -z "${2:-}" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded"
     trap - TERM
     sleep 600 # SLURM ends this script
     exit 75
@@ -103,9 +104,10 @@ other_nodes() { # other_nodes BAD,...: whether the partition has enough nodes wi
 }
 
 # ---- checks
-check_chain() {
-    [ -n "$chain" ] || return 0
-    if ! scontrol show job "$SLURM_JOB_ID" | grep -q -w 'ArrayTaskThrottle=1'; then
+check_settings() {
+    case $preflight in full | nodes) ;; *) end 80 "PREFLIGHT is '$preflight', must be full or nodes" ;; esac
+    case $retry in yes | no) ;; *) end 80 "RETRY_FAILURES is '$retry', must be yes or no" ;; esac
+    if [ -n "$chain" ] && ! scontrol show job "$SLURM_JOB_ID" | grep -q -w 'ArrayTaskThrottle=1'; then
         end 80 "a chain is an array of which one job runs at a time: sbatch --array=1-10%1 ..."
     fi
 }
@@ -120,7 +122,7 @@ check_progress() { # not for ever the same steps
 check_configuration() {
     local code=0 names
     names=$(IFS=, && echo "${nodes[*]}")
-    "$python" tools/cluster/plan.py "$plan" --ranks "$SLURM_NTASKS" --gpus "${SLURM_GPUS_ON_NODE:-0}" --nodes "$names" \
+    "$python" tools/cluster/plan.py "$plan" --ranks "$ranks" --gpus "${SLURM_GPUS_ON_NODE:-0}" --nodes "$names" \
         --port "$probe_port" --seconds "$probe_seconds" -- "${arguments[@]}" >"$logs/dry_run.txt" 2>&1 || code=$?
     [ "$code" = 0 ] || end "$code" "$(tail -n 1 "$logs/dry_run.txt")"
 }
@@ -140,25 +142,25 @@ probe() { # probe NAME SECONDS SRUN-ARGUMENTS...: every node, then who is bad
     [ -n "$bad" ] || end "$code" "the checks before training failed, and no node alone is to blame: see $logs/preflight"
     other_nodes "$bad" || end "$code" "partition $SLURM_JOB_PARTITION has no $SLURM_JOB_NUM_NODES nodes without $bad"
     say "without $bad the job is queued again"
-    requeue "$bad"
+    requeue "$code" "$bad"
 }
 
 # ---- the job
 main() {
-    check_chain
+    check_settings
     mkdir -p "$logs/flight" "$logs/preflight" .cache/jobs
     ln -sfn "$logs" ".cache/jobs/$job" # for slurm/status.sh
     export TORCH_FR_DUMP_TEMP_FILE=$logs/flight/rank_
     . slurm/lib/env.sh
-    say "job $SLURM_JOB_ID ($attempt): $SLURM_NTASKS ranks on $SLURM_JOB_NODELIST, run $run_dir, logs $logs"
+    say "job $SLURM_JOB_ID ($attempt): $ranks ranks on $SLURM_JOB_NODELIST, run $run_dir, logs $logs"
     check_configuration
     check_progress
     probe nodes $((probe_seconds + 60)) --ntasks-per-node=1 --ntasks="$SLURM_JOB_NUM_NODES" "$python" tools/cluster/node_probe.py
     if [ "$preflight" = full ]; then
-        MASTER_PORT=$probe_port probe ranks $((6 * probe_seconds + 60)) \
+        MASTER_PORT=$probe_port probe ranks $((6 * probe_seconds + 60)) --task-epilog="$PWD/slurm/lib/clean.sh" \
             slurm/lib/rank.sh "$python" tools/cluster/rank_probe.py
     fi
-    [ -z "$asked" ] || requeue
+    [ -z "$asked" ] || requeue 0
     say "all nodes passed; training: tail -f $logs/rank-000.log"
     train
 }
@@ -168,7 +170,7 @@ train() {
     rm -f "$run_dir/status.json"
     # One task a GPU, neither ssh nor a hostfile. The first rank that fails ends the others, which would wait for it.
     srun --kill-on-bad-exit=1 --wait=60 --output="$logs/rank-%3t.log" --task-epilog="$PWD/slurm/lib/clean.sh" \
-        slurm/lib/rank.sh "$python" -u trainer/run.py "${arguments[@]}" 2>"$logs/srun.log" &
+        slurm/lib/rank.sh "$python" trainer/run.py "${arguments[@]}" 2>"$logs/srun.log" &
     step=$!
     [ -z "$asked" ] || ask_ranks
     wait_for "$step" || code=$?
@@ -184,13 +186,13 @@ train() {
         stopped) end 0 "saved and stopped as asked: $status" ;;
         requeue)
             say "saved: $status"
-            requeue
+            requeue 0
             ;;
         failed)
             # 1: unforeseen; 90 and above: hang, communication, nodes. 80 to 84 are for the user to mend.
             if [ "$retry" = yes ] && { [ "$final" -lt 80 ] || [ "$final" -ge 90 ]; }; then
                 say "failed (exit code $final), queued again: $status"
-                requeue
+                requeue "$final"
             fi
             end "$final" "FAILED: $status"
             ;;

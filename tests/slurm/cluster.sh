@@ -38,10 +38,10 @@ write_configuration() {
     echo "NodeName=node[1-$nodes] Name=gpu Type=h100 File=$dir/dev/nvidia[0-$((gpus - 1))]" >"$dir/etc/gres.conf"
     cat >"$dir/bin/nvidia-smi" <<STUB
 #!/bin/sh
-# As for: nvidia-smi --query-gpu=index,name,driver_version,ecc... --format=csv,noheader,nounits
+# As for: nvidia-smi --query-gpu=index,name,driver_version,ecc...,memory.used --format=csv,noheader,nounits
 count=\$(cat "$dir/gpus.\$(hostname)" 2>/dev/null || echo $gpus)
 i=0
-while [ "\$i" -lt "\$count" ]; do echo "\$i, Fake H100, 570.00, 0"; i=\$((i + 1)); done
+while [ "\$i" -lt "\$count" ]; do echo "\$i, Fake H100, 570.00, 0, 4"; i=\$((i + 1)); done
 STUB
     chmod +x "$dir/bin/nvidia-smi"
     cat >"$SLURM_CONF" <<CONF

@@ -15,7 +15,7 @@ TWO = ("--nodes=2",)
 @pytest.fixture(scope="module")
 def workplace(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("queue")
-    settings = {**write_corpus(cluster.folder / "queue-data"), "train.steps": STEPS, "train.save_every": 5}
+    settings = {**write_corpus(folder), "train.steps": STEPS, "train.save_every": 5}
     return folder, training_arguments(ds_config(folder), settings)
 
 
@@ -80,6 +80,15 @@ def test_where_requeueing_is_forbidden_the_job_says_so(cluster, workplace):
     assert "saved: step" in job.printed and "submit it again, or as a chain" in job.printed
 
 
+def test_interrupted_by_its_user_it_saves_and_stays_away(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "interrupted", arguments, sbatch=TWO)
+    job.wait_for_step(3)
+    cluster.do("exec", "scancel", "--signal=INT", job.number)
+    job.completed()
+    assert job.facts["Restarts"] == "0" and "saved and stopped as asked: step" in job.printed
+
+
 def test_failures_are_tried_again_where_that_is_wanted(cluster, workplace):
     folder, arguments = workplace
     job = cluster.submit(folder / "retried", arguments, sbatch=TWO, RETRY_FAILURES="yes")
@@ -88,6 +97,13 @@ def test_failures_are_tried_again_where_that_is_wanted(cluster, workplace):
     job.completed()
     assert "rank 1 on node2 failed first: Killed" in job.printed
     assert job.facts["Restarts"] == "1" and "checkpoints/step-00000005" in job.log()
+
+
+def test_a_setting_that_does_not_exist_is_refused(cluster, workplace):
+    folder, arguments = workplace
+    job = cluster.submit(folder / "setting", arguments, sbatch=TWO, PREFLIGHT="some")
+    assert job.end(30) == "FAILED" and job.facts["ExitCode"] == "80:0"
+    assert "PREFLIGHT is 'some', must be full or nodes" in job.printed
 
 
 def test_starts_that_add_nothing_come_to_an_end(cluster, workplace):

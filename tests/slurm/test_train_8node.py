@@ -45,20 +45,6 @@ def test_job_trains_to_the_end_and_tidies_up(cluster, whole):
     assert not list(Path("/tmp").glob(f"caches-{whole.number}-*"))
 
 
-def test_losses_equal_those_of_deepspeed_on_one_machine(whole, workplace):
-    folder, arguments = workplace
-    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "8", "--master_port", "29611",
-               "trainer/run.py", "--run_dir", str(folder / "deepspeed"), *arguments]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
-    expected, found = lines(folder / "deepspeed"), lines(whole.run_dir)
-    assert len(expected) == len(found) == STEPS
-    for one, other in zip(expected, found, strict=True):
-        for name in LOSSES:
-            assert other[name] == pytest.approx(one[name], rel=1e-5), (one["step"], name)
-
-
 def test_before_the_limit_it_saves_and_continues_in_the_queue(cluster, whole, workplace):
     """USR1 to the job's script is what SLURM sends ahead of the time limit."""
     folder, arguments = workplace
@@ -85,21 +71,6 @@ def test_node_set_down_and_newest_checkpoint_damaged(cluster, whole, workplace):
     assert "passing over a damaged checkpoint" in job.log() and victim.name in job.log()
     assert weights(job.run_dir) == weights(whole.run_dir)
     cluster.wait_for_nodes()  # it answers, and is taken back
-
-
-def test_node_powered_off(cluster, whole, workplace):
-    """SLURM notices after half a minute, and gives the dead node a minute to end its part of the job."""
-    folder, arguments = workplace
-    job = cluster.submit(folder / "off", arguments)
-    job.wait_for_step(7)
-    cluster.do("off", 6)
-    job.wait(lambda: job.facts["Restarts"] == "1", 200, "queued again")
-    job.completed()
-    assert "ranks on node[1-5,7-9]" in job.printed
-    assert "step-00000005" in job.log()
-    assert weights(job.run_dir) == weights(whole.run_dir)
-    cluster.do("on", 6)
-    cluster.wait_for_nodes()
 
 
 @pytest.fixture
@@ -158,3 +129,38 @@ def test_mistake_in_the_configuration_ends_the_job_at_once(cluster, workplace):
     assert job.end(30) == "FAILED"
     assert job.facts["ExitCode"] == "80:0" and job.facts["Restarts"] == "0"
     assert "error: model.attention.heads: 2 heads do not divide model.width = 33" in job.printed
+
+
+@pytest.fixture(scope="module")
+def powered_off(cluster, workplace):
+    """A job that has just lost a node. SLURM notices after half a minute, and gives the dead node another minute to end
+    its part of the job: time for a test that needs no job."""
+    folder, arguments = workplace
+    job = cluster.submit(folder / "off", arguments)
+    job.wait_for_step(7)
+    cluster.do("off", 6)
+    yield job
+    cluster.do("on", 6)
+
+
+def test_losses_equal_those_of_deepspeed_on_one_machine(whole, workplace, powered_off):
+    folder, arguments = workplace
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "8", "--master_port", "29611",
+               "trainer/run.py", "--run_dir", str(folder / "deepspeed"), *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    expected, found = lines(folder / "deepspeed"), lines(whole.run_dir)
+    assert len(expected) == len(found) == STEPS
+    for one, other in zip(expected, found, strict=True):
+        for name in LOSSES:
+            assert other[name] == pytest.approx(one[name], rel=1e-5), (one["step"], name)
+
+
+def test_node_powered_off(whole, powered_off):
+    job = powered_off
+    job.wait(lambda: job.facts["Restarts"] == "1", 240, "queued again")
+    job.completed()
+    assert "ranks on node[1-5,7-9]" in job.printed
+    assert "checkpoints/step-00000005" in job.log()
+    assert weights(job.run_dir) == weights(whole.run_dir)

@@ -32,8 +32,10 @@ from trainer.errors import DataError
 _ROOT = Path(__file__).resolve().parents[2]
 _SHARED_MEMORY_BYTES = 1e9
 """What NCCL needs between the GPUs of one node, with room to spare."""
-_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,name,driver_version,ecc.errors.uncorrected.volatile.total",
+_NVIDIA_SMI = ("nvidia-smi", "--query-gpu=index,name,driver_version,ecc.errors.uncorrected.volatile.total,memory.used",
                "--format=csv,noheader,nounits")
+_IDLE_GPU_MIB = 2048
+"""What drivers and monitors may take of a GPU's memory; more belongs to a process that somebody left behind."""
 
 
 def problems(plan: dict, node: str) -> Iterator[tuple[str, str]]:
@@ -84,22 +86,24 @@ def _unwritable(folder: Path, needed: float, node: str) -> Iterator[tuple[str, s
 
 
 def _gpus() -> list[list[str]]:
-    """Index, name, driver version and uncorrected memory errors of every GPU that the driver finds."""
+    """Index, name, driver version, uncorrected memory errors and used memory of every GPU that the driver finds."""
     try:
         printed = subprocess.run(_NVIDIA_SMI, capture_output=True, text=True, timeout=60).stdout
     except (OSError, subprocess.TimeoutExpired):
         return []
     rows = [[field.strip() for field in line.split(",")] for line in printed.splitlines()]
-    return [row for row in rows if len(row) == 4 and row[0].isdigit()]
+    return [row for row in rows if len(row) == 5 and row[0].isdigit()]
 
 
 def _gpu_problems(expected: int) -> Iterator[tuple[str, str]]:
     gpus = _gpus()
     if len(gpus) < expected:
         yield "GPU", f"{len(gpus)} of {expected} GPUs"
-    for index, _, _, errors in gpus:
-        if errors.isdigit() and int(errors):
+    for index, _, _, errors, used in gpus:
+        if errors.isdigit() and int(errors):  # "[N/A]" where it is not counted
             yield "GPU", f"GPU {index} has {errors} uncorrected memory errors"
+        if used.isdigit() and int(used) > _IDLE_GPU_MIB:
+            yield "GPU", f"{used} MiB of GPU {index} are in use by another process"
 
 
 def facts() -> dict[str, str]:
@@ -108,7 +112,7 @@ def facts() -> dict[str, str]:
     for path in sorted(path for room in ("model", "trainer") for path in (_ROOT / room).rglob("*.py")):
         code.update(path.read_bytes())
     packages = {package.metadata["Name"]: package.version for package in importlib.metadata.distributions()}
-    kinds = {f"{name}, driver {driver}" for _, name, driver, _ in _gpus()}
+    kinds = {f"{name}, driver {driver}" for _, name, driver, *_ in _gpus()}
     return {**packages, "python": platform.python_version(), "libc": " ".join(platform.libc_ver()),
             "code of model/ and trainer/": code.hexdigest()[:12], "GPUs": "; ".join(sorted(kinds))}
 
