@@ -1,6 +1,8 @@
 """How a job comes back, or does not: preemption, chains, caps, missing spares. Two nodes each, the real trainer."""
 
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -45,20 +47,21 @@ def test_preempted_job_saves_and_comes_back(cluster, workplace):
     assert f"checkpoints/step-{saved:08d}" in job.log()
 
 
-def _links(job: Job) -> dict[str, str]:
-    """State of each link of a chain."""
+def _links(job: Job) -> dict[str, tuple[str, str]]:
+    """Job number and state of each link of a chain."""
     shown = job.cluster.do("exec", "scontrol", "-o", "show", "job", job.number)
-    return dict(re.findall(r"ArrayTaskId=(\S+).*? JobState=(\S+)", shown))
+    found = re.findall(r"^JobId=(\d+) .*?ArrayTaskId=(\S+) .*? JobState=(\S+)", shown, flags=re.MULTILINE)
+    return {link: (number, state) for number, link, state in found}
 
 
 def test_chain_continues_in_its_next_link_and_ends_with_the_run(cluster, workplace):
     folder, arguments = workplace
     job = cluster.submit(folder / "chain", arguments, sbatch=(*TWO, "--array=1-4%1", "--no-requeue"))
     job.wait(lambda: job.steps() >= 4, 120, "step 4")
-    cluster.do("exec", "scancel", "--batch", "--signal=USR1", f"{job.number}_1")
-    job.wait(lambda: _links(job).get("2") in ("COMPLETED", "FAILED"), 120, "end of the second link")
-    links = _links(job)
-    assert links.pop("1") == links.pop("2") == "COMPLETED" and set(links.values()) == {"CANCELLED"}
+    cluster.do("exec", "scancel", "--batch", "--signal=USR1", _links(job)["1"][0])
+    job.wait(lambda: _links(job).get("2", ("", ""))[1] in ("COMPLETED", "FAILED"), 120, "end of the second link")
+    states = {link: state for link, (_, state) in _links(job).items()}
+    assert states.pop("1") == states.pop("2") == "COMPLETED" and set(states.values()) == {"CANCELLED"}
     assert [path.name for path in job.logs] == ["link-1-restart-0", "link-2-restart-0"]
     assert "resumed from" in job.log() and lines(job.run_dir)[-1]["step"] == STEPS
     assert f"step {STEPS}/{STEPS}" in job.status()
@@ -67,7 +70,7 @@ def test_chain_continues_in_its_next_link_and_ends_with_the_run(cluster, workpla
 def test_chain_of_jobs_that_would_run_at_once_is_refused(cluster, workplace):
     folder, arguments = workplace
     job = cluster.submit(folder / "crowd", arguments, sbatch=(*TWO, "--array=1-2"))
-    job.wait(lambda: "FAILED" in _links(job).values(), 30, "refusal")
+    job.wait(lambda: "FAILED" in {state for _, state in _links(job).values()}, 30, "refusal")
     assert "--array=1-10%1" in job.printed and not job.run_dir.exists()
 
 
@@ -114,6 +117,21 @@ def test_starts_that_add_nothing_come_to_an_end(cluster, workplace):
     starts.write_text("0\n0\n")
     cluster.do("exec", "scontrol", "release", job.number)
     assert job.end(60) == "FAILED" and "2 starts in a row have added no checkpoint to step 0" in job.printed
+
+
+def test_node_that_does_not_answer_is_replaced(cluster, workplace):
+    """Here: one that lacks the Python of the others."""
+    folder, arguments = workplace
+    python = Path(sys.executable).parent
+    cluster.do("node", 2, "mount", "-t", "tmpfs", "none", python)
+    try:
+        job = cluster.submit(folder / "silent", [*arguments, "--set", "train.steps=2"], sbatch=TWO,
+                             PREFLIGHT_SECONDS="8")
+        job.completed()
+    finally:
+        cluster.do("node", 2, "umount", python)
+    assert "bad node node2: did not answer" in job.printed and "node1: " not in job.printed
+    assert "ranks on node[1,3]" in job.printed
 
 
 def test_without_a_spare_the_job_names_the_bad_node_and_ends(cluster, workplace):
