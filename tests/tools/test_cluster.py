@@ -136,6 +136,8 @@ def test_ending(attempt):
                                     ("another rank's request", True, "requeue"), ("SIGTERM", False, "requeue")):
         marker.write_text(json.dumps({"status": "preempted", "reason": reason}))
         assert ending(run_dir, logs, 0, asked)[0] == expected
+    marker.write_text(json.dumps({"status": "stopped", "reason": "the file stop"}))
+    assert ending(run_dir, logs, 0, True) == ("stopped", 0)
     say(logs, 0, "error: out of memory")
     (logs / "srun.log").write_text("srun: error: node1: task 0: Exited with exit code 83\n")
     assert ending(run_dir, logs, 143, False) == ("failed", ExitCode.OUT_OF_MEMORY)

@@ -137,9 +137,10 @@ def ending(run_dir: Path, logs: Path, srun: int, asked: bool) -> tuple[str, int]
     left = json.loads(marker.read_text()) if marker.exists() else {}
     if srun == 0 and left.get("status") == "done":
         return "finished", ExitCode.FINISHED
-    if srun == 0 and left.get("status") == "preempted":
-        from_slurm = asked or left.get("reason") in _REQUEUED_REASONS
-        return ("requeue" if from_slurm else "stopped"), ExitCode.FINISHED
+    if srun == 0 and left.get("status") == "preempted" and (asked or left.get("reason") in _REQUEUED_REASONS):
+        return "requeue", ExitCode.FINISHED
+    if srun == 0 and left.get("status") in ("preempted", "stopped"):
+        return "stopped", ExitCode.FINISHED
     failure = first_failure(logs)
     return "failed", failure.code if failure else srun or ExitCode.UNEXPECTED
 
