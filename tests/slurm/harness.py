@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.trainer.launching import ROOT
+from tests.trainer.launching import ROOT, command_line
 
 SCRIPT = ROOT / "tests" / "slurm" / "cluster.sh"
 NODES, SPARES = 8, 1
@@ -48,14 +48,15 @@ class Cluster:
             raise RuntimeError(f"{action} {arguments}: exit code {done.returncode}\n{done.stdout}{done.stderr}")
         return done.stdout + (done.stderr if not check else "")
 
-    def submit(self, run_dir: Path, training: list[str], *, sbatch: tuple[str, ...] = (),
-               script: str = "train_8node.sh", **settings: str) -> Job:
-        """Queues a training of one rank a node. settings: environment variables of the job, such as PREFLIGHT."""
+    def submit(self, run_dir: Path, ds: Path, settings: dict, *, sbatch: tuple[str, ...] = (),
+               script: str = "train_8node.sh", **variables: str) -> Job:
+        """Queues a training of one rank a node. settings: of the run; variables: of the job, such as PREFLIGHT."""
         env = {"PYTHON": sys.executable, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PREFLIGHT": "nodes",
-               "PREFLIGHT_SECONDS": "20", **settings}
+               "PREFLIGHT_SECONDS": "20", **variables}
         output = run_dir.with_suffix(".out")
         number = self.do("exec", "sbatch", "--parsable", "--ntasks-per-node=1", "--cpus-per-task=1", "--time=1:00:00",
-                         f"--output={output}", *sbatch, f"slurm/{script}", "--run_dir", run_dir, *training, env=env)
+                         f"--output={output}", *sbatch, f"slurm/{script}", *command_line(ds, run_dir, settings),
+                         env=env)
         return Job(self, number.strip(), run_dir, output)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.harness import weights
-from tests.trainer.launching import ROOT, ds_config, lines, training_arguments, write_corpus
+from tests.trainer.launching import ROOT, command_line, ds_config, lines, write_corpus
 
 pytestmark = pytest.mark.slow
 LOSSES = ("loss", "cross_entropy", "balance", "router_z", "gradient_norm")
@@ -21,14 +21,14 @@ STEPS = 24
 def workplace(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
     settings = {**write_corpus(cluster.data), "train.steps": STEPS, "train.save_every": 5, "train.keep_last": 0}
-    return folder, training_arguments(ds_config(folder), settings)
+    return folder, ds_config(folder), settings
 
 
 @pytest.fixture(scope="module")
 def whole(cluster, workplace):
     """A job that nothing happens to, with all checks."""
-    folder, arguments = workplace
-    job = cluster.submit(folder / "whole", arguments, PREFLIGHT="full")
+    folder, ds, settings = workplace
+    job = cluster.submit(folder / "whole", ds, settings, PREFLIGHT="full")
     job.completed()
     return job
 
@@ -47,8 +47,8 @@ def test_job_trains_to_the_end_and_tidies_up(cluster, whole):
 
 def test_before_the_limit_it_saves_and_continues_in_the_queue(cluster, whole, workplace):
     """USR1 to the job's script is what SLURM sends ahead of the time limit."""
-    folder, arguments = workplace
-    job = cluster.submit(folder / "limit", arguments)
+    folder, ds, settings = workplace
+    job = cluster.submit(folder / "limit", ds, settings)
     job.wait_for_step(random.randint(2, STEPS // 2))
     cluster.do("exec", "scancel", "--batch", "--signal=USR1", job.number)
     job.completed()
@@ -58,8 +58,8 @@ def test_before_the_limit_it_saves_and_continues_in_the_queue(cluster, whole, wo
 
 
 def test_node_set_down_and_newest_checkpoint_damaged(cluster, whole, workplace):
-    folder, arguments = workplace
-    job = cluster.submit(folder / "down", arguments)
+    folder, ds, settings = workplace
+    job = cluster.submit(folder / "down", ds, settings)
     job.wait_for_step(11)
     cluster.do("exec", "scontrol", "update", "nodename=node4", "state=DOWN", "reason=test")
     job.wait(lambda: job.state == "PENDING", 60, "queued again")
@@ -101,9 +101,9 @@ BROKEN = {
 @pytest.mark.parametrize("broken, named", [(pair, name) for name, pair in BROKEN.items()], indirect=["broken"],
                          ids=["GPU", "data", "name"])
 def test_bad_node_is_named_and_the_spare_takes_its_place(cluster, workplace, broken, named):
-    folder, arguments = workplace
+    folder, ds, settings = workplace
     node = named.partition(":")[0]
-    job = cluster.submit(folder / f"without-{node}", [*arguments, "--set", "train.steps=2"])
+    job = cluster.submit(folder / f"without-{node}", ds, {**settings, "train.steps": 2})
     job.completed()
     assert f"bad node {named}" in job.printed
     assert job.facts["ExcNodeList"] == node and job.facts["Restarts"] == "1"
@@ -112,8 +112,8 @@ def test_bad_node_is_named_and_the_spare_takes_its_place(cluster, workplace, bro
 
 
 def test_rank_that_dies_ends_the_job(cluster, workplace):
-    folder, arguments = workplace
-    job = cluster.submit(folder / "dies", [*arguments, "--set", "train.steps=10000"])
+    folder, ds, settings = workplace
+    job = cluster.submit(folder / "dies", ds, {**settings, "train.steps": 10000})
     job.wait_for_step(6)
     cluster.do("node", 5, "pkill", "-KILL", "-f", "trainer/run.py")
     killed = time.monotonic()
@@ -124,8 +124,8 @@ def test_rank_that_dies_ends_the_job(cluster, workplace):
 
 
 def test_mistake_in_the_configuration_ends_the_job_at_once(cluster, workplace):
-    folder, arguments = workplace
-    job = cluster.submit(folder / "mistake", [*arguments, "--set", "model.width=33"])
+    folder, ds, settings = workplace
+    job = cluster.submit(folder / "mistake", ds, {**settings, "model.width": 33})
     assert job.end(30) == "FAILED"
     assert job.facts["ExitCode"] == "80:0" and job.facts["Restarts"] == "0"
     assert "error: model.attention.heads: 2 heads do not divide model.width = 33" in job.printed
@@ -135,8 +135,8 @@ def test_mistake_in_the_configuration_ends_the_job_at_once(cluster, workplace):
 def powered_off(cluster, workplace):
     """A job that has just lost a node. SLURM notices after half a minute, and gives the dead node another minute to end
     its part of the job: time for a test that needs no job."""
-    folder, arguments = workplace
-    job = cluster.submit(folder / "off", arguments)
+    folder, ds, settings = workplace
+    job = cluster.submit(folder / "off", ds, settings)
     job.wait_for_step(7)
     cluster.do("off", 6)
     yield job
@@ -144,9 +144,9 @@ def powered_off(cluster, workplace):
 
 
 def test_losses_equal_those_of_deepspeed_on_one_machine(whole, workplace, powered_off):
-    folder, arguments = workplace
+    folder, ds, settings = workplace
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "8", "--master_port", "29611",
-               "trainer/run.py", "--run_dir", str(folder / "deepspeed"), *arguments]
+               "trainer/run.py", *command_line(ds, folder / "deepspeed", settings)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
                           env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr

@@ -40,19 +40,18 @@ def ds_config(folder: Path, *, micro: int = 1, accumulation: int = 1, stage: int
     return path
 
 
-def training_arguments(ds: Path, settings: dict) -> list[str]:
-    """Arguments of trainer/run.py for a small model, but for the run folder."""
-    arguments = ["--ds_config", str(ds)]
+def command_line(ds: Path, run_dir: Path, settings: dict) -> list[str]:
+    """Arguments of `trainer/run.py` for a run of the small model."""
+    words = ["--ds_config", str(ds), "--run_dir", str(run_dir)]
     for key, value in {**SMALL, **settings}.items():
-        arguments += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
-    return arguments
+        words += ["--set", f"{key}={json.dumps(value) if not isinstance(value, str) else value}"]
+    return words
 
 
 def start(world: int, ds: Path, run_dir: Path, settings: dict, *arguments: str) -> list[subprocess.Popen]:
     """One process a rank, with the environment that torchrun would give it."""
     port = str(random.SystemRandom().randint(20000, 32000))
-    command = [sys.executable, str(ROOT / "trainer" / "run.py"), "--run_dir", str(run_dir),
-               *training_arguments(ds, settings), *arguments]
+    command = [sys.executable, str(ROOT / "trainer" / "run.py"), *command_line(ds, run_dir, settings), *arguments]
     return [subprocess.Popen(command, cwd=run_dir.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                              env={**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "DS_ACCELERATOR": "cpu",

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.trainer.launching import ROOT, ds_config, lines, training_arguments, write_corpus
+from tests.trainer.launching import ROOT, command_line, ds_config, lines, write_corpus
 
 pytestmark = pytest.mark.slow
 
@@ -30,7 +30,7 @@ def start(workplace, name: str, port: int, **settings) -> subprocess.Popen:
     folder, data = workplace
     return subprocess.Popen(
         ["mpirun", "--oversubscribe", "--bind-to", "none", "-n", "2", sys.executable, "trainer/run.py",
-         "--run_dir", str(folder / name), *training_arguments(ds_config(folder), {**data, **settings})],
+         *command_line(ds_config(folder), folder / name, {**data, **settings})],
         cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "MASTER_PORT": str(port),
              "OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"})
