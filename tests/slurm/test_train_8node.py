@@ -20,7 +20,8 @@ STEPS = 24
 @pytest.fixture(scope="module")
 def workplace(cluster, tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
-    settings = {**write_corpus(cluster.data), "train.steps": STEPS, "train.save_every": 5, "train.keep_last": 0}
+    settings = {**write_corpus(cluster.data), "train.steps": STEPS, "train.save_every": 5, "train.keep_last": 0,
+                "train.expert_parallel_size": 4}
     return folder, ds_config(folder), settings
 
 
