@@ -21,6 +21,8 @@ class ExitCode(IntEnum):
     run folder says which."""
     UNEXPECTED = 1
     """An error that nobody foresaw: a defect of the program or of the machine. The log has the traceback."""
+    NOT_REQUEUED = 75
+    """Under SLURM: saved on request, but this cluster forbids to queue the job again: submit it again."""
     CONFIG = 80
     """The command line, the configuration or the DeepSpeed JSON asks for something that cannot work."""
     DATA = 81
@@ -33,6 +35,8 @@ class ExitCode(IntEnum):
     """No usable checkpoint to start from, or the run folder could not be written."""
     COMMUNICATION = 91
     """The ranks lost touch with each other."""
+    NODES = 92
+    """Under SLURM: nodes failed the checks before training, and there are no others to take their place."""
 
 
 class RunError(Exception):

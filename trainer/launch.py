@@ -14,15 +14,18 @@ from datetime import timedelta
 
 import torch
 
+from model.errors import ConfigError
 from trainer import failure
 
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecated", category=FutureWarning)
 
 _RANK_VARIABLES = (
-    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),  # OpenMPI
-    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID"),  # MPICH, Intel MPI
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
+    ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 )
+"""Rank, world, rank on this machine, ranks on this machine: of OpenMPI; of a step of SLURM's srun (a batch script is
+none, and has no SLURM_STEP_*); of MPICH and Intel MPI."""
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,25 @@ class Ranks:
 
 
 def map_environment() -> None:
-    """Gives RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* their values from whichever launcher started this process."""
+    """Gives RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* their values from whichever launcher started this process.
+
+    ConfigError where ranks on several machines were not told where the first one is.
+    """
     env = os.environ
+    several_machines = False
     if "RANK" not in env:
-        for rank, world, local in _RANK_VARIABLES:
-            if rank in env and world in env:
-                env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world], env.get(local, "0")
+        for rank, world, local, on_this_machine in _RANK_VARIABLES:
+            if rank in env and world in env and local in env:
+                env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = env[rank], env[world], env[local]
+                several_machines = env.get(on_this_machine, env[world]) != env[world]
                 break
         else:
-            env["RANK"], env["WORLD_SIZE"], env["LOCAL_RANK"] = "0", "1", "0"
+            env["RANK"] = "0"
+            env.setdefault("WORLD_SIZE", "1")  # a dry run may ask for more
     env.setdefault("LOCAL_RANK", "0")
+    if several_machines and "MASTER_ADDR" not in env:
+        raise ConfigError("MASTER_ADDR", "is not set, but the ranks are on several machines: export the name of the "
+                          "first rank's (OpenMPI: mpirun -x MASTER_ADDR=NODE ...; SLURM: see slurm/train_8node.sh)")
     env.setdefault("MASTER_ADDR", "127.0.0.1")
     if "MASTER_PORT" not in env:
         env["MASTER_PORT"] = str(_free_port()) if env["WORLD_SIZE"] == "1" else "29500"

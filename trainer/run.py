@@ -25,8 +25,8 @@ from trainer.topology import check_topology  # noqa: E402
 
 def main() -> None:
     """Resolves the configuration, joins the ranks, trains; ends the process with a documented exit code."""
-    launch.map_environment()
     try:
+        launch.map_environment()
         args, run, ds = parse()
         check_topology(run, ds, world=int(os.environ["WORLD_SIZE"]))
         if args.dry_run:
@@ -64,6 +64,7 @@ def train(args, run, ds) -> None:
     on_first_rank(ranks, lambda: folder.open(run, ds, {"command": sys.argv, "kernels": kernels}, say))
     with folder.kept():
         finished = TrainingRun(run, ds, folder, ranks, stop).train()
+    stop.dismiss()
     say(f"{'finished' if finished else f'stopped on request ({stop.reason}) and saved; run again to continue'}: "
         f"{folder.path}")
     launch.stop()

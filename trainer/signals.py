@@ -24,6 +24,13 @@ class StopRequest:
         for number in HANDLED:
             signal.signal(number, self._on_signal)
 
+    @staticmethod
+    def dismiss() -> None:
+        """The run is over: from here on requests are ignored. Python takes its handlers away before the process ends,
+        and a request that is repeated would then kill it, as if it had failed."""
+        for number in HANDLED:
+            signal.signal(number, signal.SIG_IGN)
+
     def _on_signal(self, number: int, frame: object) -> None:
         self.reason = self.reason or signal.Signals(number).name
 

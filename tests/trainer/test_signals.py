@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -47,3 +49,16 @@ def test_time_budget(monkeypatch):
     assert not StopRequest(max_minutes=10).agreed(None)
     assert StopRequest(max_minutes=1e-9).agreed(None)
     assert not StopRequest(max_minutes=0).agreed(None)
+
+
+def test_after_the_run_repeated_requests_do_not_kill_the_process_that_ends():
+    code = """if True:
+        import os, subprocess, time
+        from trainer.signals import StopRequest
+        stop = StopRequest()
+        stop.install()
+        stop.dismiss()
+        subprocess.Popen(["sh", "-c", f"while kill -USR1 {os.getpid()} 2>/dev/null; do :; done"])
+        time.sleep(0.2)
+        """
+    assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
