@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from model.batch import PackedBatch
 from model.diffusion.schedule import NoiseSchedule
 from model.diffusion_lm import LossReport
 from model.moe.parallel import ExpertGroup
+from trainer.errors import storage_failure
 from trainer.expert_traffic import count_traffic, traffic_line
 
 NOISE_BINS = POSITION_BINS = 10
@@ -37,40 +39,54 @@ class StepMetrics:
         self._reset()
 
     def _reset(self) -> None:
-        self.terms: dict[str, torch.Tensor] = {}
-        self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
-        self.position_counts_LPE = torch.zeros(self.layers, POSITION_BINS, self.experts, device=self.device)
-        self.router_entropy = torch.zeros((), device=self.device)
-        self.traffic = torch.zeros(3, dtype=torch.int64, device=self.device)
-        self.loss = torch.zeros((), device=self.device)
-        self.trained_tokens = self.tokens = self.steps = self.flops = 0
+        self.sums, self.step_sums = self._zeros(), self._zeros()
+        self.trained_tokens = self.tokens = self.steps = self.flops = self.step_flops = 0
         self.began, self.elsewhere = time.perf_counter(), 0.0
+
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        zeros = {"noise": (2, NOISE_BINS), "counts_LPE": (self.layers, POSITION_BINS, self.experts),
+                 "router_entropy": (), "loss": ()}
+        return {"traffic": torch.zeros(3, dtype=torch.int64, device=self.device),
+                **{name: torch.zeros(shape, device=self.device) for name, shape in zeros.items()}}
 
     def add(self, report: LossReport, batch: PackedBatch, flops: int, sent_bytes: int) -> None:
         """One micro-batch of this rank, on the device, and what it cost: `model/flops.py`, and what was sent to
         other ranks' experts."""
-        self.flops += flops
+        self.step_flops += flops
+        sums = self.step_sums
         if self.expert_group.size > 1:
-            self.traffic += count_traffic(report, sent_bytes, self.experts, self.expert_group)
-        self.loss += report.total.detach()
+            sums["traffic"] += count_traffic(report, sent_bytes, self.experts, self.expert_group)
+        sums["loss"] += report.total.detach()
         for name, value in report.terms.items():
-            self.terms[name] = self.terms.get(name, 0) + value
+            sums[f"term:{name}"] = sums.get(f"term:{name}", 0) + value.float()
         low, high = self.schedule.low, self.schedule.high
         place = ((high - report.log_snr_M) / (high - low) * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
-        self.noise_sums[0].index_add_(0, place, report.cross_entropy_M)
-        self.noise_sums[1].index_add_(0, place, torch.ones_like(report.cross_entropy_M))
+        sums["noise"][0].index_add_(0, place, report.cross_entropy_M)
+        sums["noise"][1].index_add_(0, place, torch.ones_like(report.cross_entropy_M))
         tenth_T = document_tenths(batch)
         for layer, aux in enumerate(report.experts):
             places = (tenth_T[:, None] * self.experts + aux.expert_index_Tk).flatten()
-            self.position_counts_LPE[layer] += torch.bincount(
+            sums["counts_LPE"][layer] += torch.bincount(
                 places, minlength=POSITION_BINS * self.experts).view(POSITION_BINS, self.experts)
-            self.router_entropy += aux.entropy_sum / self.layers
+            sums["router_entropy"] += aux.entropy_sum / self.layers
+
+    @property
+    def step_loss(self) -> torch.Tensor:
+        """This rank's share of the loss of the step in progress."""
+        return self.step_sums["loss"]
 
     def count(self, trained_tokens: int, tokens: int) -> None:
-        """The global batch of one step."""
+        """The global batch of one step, which was applied."""
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in self.step_sums.items()}
+        self.flops += self.step_flops
         self.steps += 1
         self.trained_tokens += trained_tokens
         self.tokens += tokens
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets the micro-batches since the last step: it was skipped."""
+        self.step_sums, self.step_flops = self._zeros(), 0
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -80,19 +96,19 @@ class StepMetrics:
         self.elsewhere += time.perf_counter() - began
 
     def reduce(self) -> dict:
-        """Means since the last call, over all ranks. A collective."""
-        names = list(self.terms)
-        parts = [torch.stack([self.terms[name].float() for name in names]), self.noise_sums.flatten(),
-                 self.position_counts_LPE.flatten(),
-                 torch.stack([self.router_entropy, self.loss]),
-                 self.traffic.float(), torch.tensor([self.flops / 1e12], device=self.device)]
+        """Means since the last call, over all ranks; at least one step must have been counted. A collective."""
+        names = [name for name in self.sums if name.startswith("term:")]
+        parts = [torch.stack([self.sums[name] for name in names]), self.sums["noise"].flatten(),
+                 self.sums["counts_LPE"].flatten(),
+                 torch.stack([self.sums["router_entropy"], self.sums["loss"]]),
+                 self.sums["traffic"].float(), torch.tensor([self.flops / 1e12], device=self.device)]
         flat = torch.cat(parts)
         torch.distributed.all_reduce(flat)
         sizes = [part.numel() for part in parts]
         terms, noise, by_position, (entropy, loss), traffic, (teraflops,) = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
         line = {name: float(value) / (self.trained_tokens if name in PER_TRAINED_TOKEN else self.tokens)
-                for name, value in zip(names, terms, strict=True)}
+                for name, value in zip((name.removeprefix("term:") for name in names), terms, strict=True)}
         line = {"loss": float(loss) / self.steps, **line}
         sums, number = noise.view(2, NOISE_BINS)
         counts_LPE = by_position.view(self.layers, POSITION_BINS, self.experts)
@@ -140,9 +156,10 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """metrics.jsonl (one line an event, flushed at once) and TensorBoard events; only the first rank writes.
+    """metrics.jsonl (one line an event, written at once) and TensorBoard events; only the first rank writes.
 
-    Lines of steps after `resumed_at` are dropped: an interrupted run repeats those steps.
+    Lines of steps after `resumed_at` are dropped: an interrupted run repeats those steps. Lines that a full disk does
+    not take are kept for later; TensorBoard's events of that time are lost.
     """
 
     def __init__(self, run_dir: Path, resumed_at: int, active: bool):
@@ -155,33 +172,55 @@ class MetricsLog:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.rename(path)
-        self.file = path.open("a")
-        # Not SummaryWriter: its thread ends on a full disk, and the next call waits for it for ever.
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._waiting = b""
         (run_dir / "tb").mkdir(exist_ok=True)
-        self.board = EventsWriter(str(run_dir / "tb" / "events"))
+        self._board_path, self._board = run_dir / "tb" / "events", None
         if resumed_at:
-            self.board.write_event(Event(wall_time=time.time(), step=resumed_at + 1,
-                                         session_log=SessionLog(status=SessionLog.START)))
+            self._to_board([Event(wall_time=time.time(), step=resumed_at + 1,
+                                  session_log=SessionLog(status=SessionLog.START))])
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """kind: train, eval, samples or event."""
         if not self.active:
             return
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._draw(f"{kind}/{name}", value, step)
-            elif name == "cross_entropy_by_noise":
-                for index, part in enumerate(value):
-                    if part is not None:
-                        self._draw(f"{kind}/{name}/{index}", part, step)
-        self.board.flush()
+        self._waiting += (json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n").encode()
+        with _unless_full():
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting):]
+        shown = {f"{kind}/{name}": value for name, value in values.items()
+                 if isinstance(value, int | float) and not isinstance(value, bool)}
+        shown |= {f"{kind}/cross_entropy_by_noise/{index}": part
+                  for index, part in enumerate(values.get("cross_entropy_by_noise", ())) if part is not None}
+        if shown:
+            self._to_board([Event(wall_time=time.time(), step=step, summary=scalar(tag, value))
+                            for tag, value in shown.items()])
 
-    def _draw(self, tag: str, value: float, step: int) -> None:
-        self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+    def _to_board(self, events: list[Event]) -> None:
+        with _unless_full():
+            # Not SummaryWriter: its thread ends on a full disk, and the next call waits for it for ever.
+            board, self._board = self._board or EventsWriter(str(self._board_path)), None
+            for event in events:
+                board.write_event(event)
+            board.flush()
+            self._board = board  # otherwise its last record may be torn, and a new file is begun
 
     def close(self) -> None:
-        if self.active:
-            self.file.close()
-            self.board.close()
+        """After the last line; raises OSError if lines are still waiting for room."""
+        if not self.active:
+            return
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._file, self._waiting):]
+        os.close(self._file)
+        if self._board is not None:
+            self._board.close()
+
+
+@contextmanager
+def _unless_full() -> Iterator[None]:
+    """Passes over an OSError that says that the disk took no more."""
+    try:
+        yield
+    except OSError as error:
+        if storage_failure(error) is None:
+            raise

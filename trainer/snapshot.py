@@ -75,4 +75,5 @@ class RecordingEngine(CheckpointEngine):
         return True
 
     def preserves_storage_sharing(self) -> bool:
-        return False  # otherwise DeepSpeed would clone every expert beforehand
+        # Then DeepSpeed clones every expert beforehand: without a copy, each one's file would hold all of its layer.
+        return self._copies is None
