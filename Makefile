@@ -2,6 +2,7 @@
 # make test    fast tests          make lint   style
 # make gpu     installs flash-attn and MegaBlocks beside PyTorch, on a CUDA machine
 # make bench-attention, make bench-moe   speed and memory against peers, in one run each
+# make bench-checkpoint                  how long a save of 1 GB holds training up
 # make bench-balance                     training with and without the balance loss
 # make test-megablocks                   equality with the real MegaBlocks, in Triton's interpreter
 # Everything is set up on first use; nothing but Python 3.11 or 3.12, make and a C++ compiler is needed beforehand.
@@ -16,7 +17,7 @@ BIN := $(VENV)/bin
 
 MEGABLOCKS := $(VENV)/megablocks
 
-.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance setup clean
+.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance bench-checkpoint setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.requirements $(VENV)/.requirements-dev
@@ -43,6 +44,9 @@ bench-attention: $(VENV)/.requirements-dev
 
 bench-moe: $(VENV)/.requirements-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/moe.py
+
+bench-checkpoint: $(VENV)/.requirements-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint.py
 
 bench-balance: $(VENV)/.requirements
 	$(BIN)/python benchmarks/balance.py

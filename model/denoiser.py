@@ -108,7 +108,7 @@ class Denoiser(nn.Module):
         super().__init__()
         self.config = config
         self.patterns = layer_patterns(config)
-        self.recompute = False  # activation checkpointing of every block; set by the trainer
+        self.recompute: frozenset[int] = frozenset()  # blocks under activation checkpointing; set by the trainer
         inputs = config.embed_dim * (2 if config.diffusion.self_conditioning > 0 else 1)
         self.input = nn.Linear(max(config.local_mixing, 1) * inputs, config.width)
         self.side = nn.Parameter(torch.zeros(2, config.width))
@@ -176,7 +176,7 @@ class Denoiser(nn.Module):
             arguments = (x_TD, condition_CD, rotary, plan, plan.attention[index],
                          None if source_cache is None else source_cache[index],
                          None if jitter_LTD is None else jitter_LTD[index])
-            if self.recompute and torch.is_grad_enabled():
+            if index in self.recompute and torch.is_grad_enabled():
                 x_TD, own, aux = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x_TD, own, aux = block(*arguments)

@@ -12,6 +12,7 @@ D = x(t) + h / (2 h_before) * (x(t) - x(before)). The first-order SDE step is ex
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -108,9 +109,10 @@ def noise_levels(model: DiffusionLM, settings: SamplerSettings) -> Tensor:
 
 @torch.no_grad()
 def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *, device: torch.device | str = "cpu",
-           trace: list[Tensor] | None = None) -> Drawn:
+           trace: list[Tensor] | None = None, between: Callable[[], None] = lambda: None) -> Drawn:
     """Denoises every target canvas of a CPU batch. All canvases have the same length and stand in the batch in the
-    order of their copies. trace: is given the most likely tokens, [C, L] on the CPU, of every step."""
+    order of their copies. trace: is given the most likely tokens, [C, L] on the CPU, of every step.
+    between: called before every step; may raise to abandon the sampling."""
     if settings.solver == COMPAT:
         return _sample_compat(model, batch, settings, device)
     config = model.config
@@ -127,6 +129,7 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
     z_NE = (sigmas[0] * start_NE).masked_fill(absorbed_N[:, None], 0.0)
     estimate_NE = before_NE = torch.zeros_like(z_NE)
     for index in range(settings.steps):
+        between()
         output, rows_VE = network(z_NE, absorbed_N, levels[index], estimate_NE)
         logits_NV = model.logits(output, rows_VE)
         probability_NV = (logits_NV / settings.temperature).softmax(-1)

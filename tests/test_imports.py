@@ -16,9 +16,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("model", "trainer", "tools")
 FORBIDDEN = {"model": {"trainer", "tools", "tests", "deepspeed"}, "trainer": {"tools", "tests"}, "tools": {"tests"}}
-DEEPSPEED_FILES = {"trainer/engine.py", "trainer/expert_parallel.py", "trainer/launch.py"}
 KERNEL_FILES = {"flash_attn": "model/attention/flash_attn.py", "megablocks": "model/moe/megablocks.py",
                 "grouped_gemm": "model/moe/megablocks.py", "triton": "model/moe/megablocks.py"}
+DEEPSPEED_FILES = {"trainer/engine.py", "trainer/expert_parallel.py", "trainer/launch.py", "trainer/snapshot.py"}
 
 
 class Import(NamedTuple):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import inspect
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
@@ -19,6 +20,7 @@ from model.attention.pattern import layer_patterns
 from model.config import ModelConfig
 from model.errors import ConfigError
 from trainer.data.config import DataConfig
+from trainer.profiling import step_range
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +68,29 @@ class TrainConfig:
     """Newest checkpoints to keep. 0: all."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are kept for good."""
+    async_save: bool = True
+    """Write checkpoints while training goes on, from a copy of the state in host memory. false: wait for them."""
+    max_skipped: int = 10
+    """A step whose loss or gradient is not finite, or whose loss is a spike, is skipped on all ranks. After this many
+    in a row the run saves and ends with exit code 82."""
+    spike_limit: float = 20.0
+    """A loss more than this many standard deviations (estimated from the median absolute deviation, at least 1 % of
+    the median) above the median of the last 128 applied steps is a spike. 0: no loss is."""
+    hang_minutes: float = 10.0
+    """A rank without progress for so long ends with exit code 90, its stacks in `logs/` and the ranks that hold it up
+    named. 0: never."""
     max_minutes: float = 0.0
     """After this much time, counted from this process's start, the run saves, says so and ends early with
     exit code 0; a restart continues it. The learning rate's schedule does not change. 0: no limit."""
     deterministic: bool = False
     """On a GPU, use only kernels that give the same bits every time, at some cost. A CPU always does."""
-    activation_checkpointing: bool = False
-    """Compute each layer again in the backward pass instead of keeping its inner activations."""
+    activation_checkpointing: str = "none"
+    """Layers that are computed again in the backward pass instead of keeping their inner activations: none, all, or
+    every:n (the last of each n layers)."""
+    profile_steps: str = ""
+    """First and last step, such as 20-22, of which the first rank writes a trace to `profile/`. Empty: none."""
+    profile_memory: bool = False
+    """With the trace, write how CUDA memory was used in these steps."""
     expert_parallel_size: int = 1
     """Ranks that hold the experts of every layer among them, each an equal part, and send each other their tokens.
     Divides `model.moe.experts` and the number of ranks. 1: every rank holds all experts."""
@@ -142,17 +160,23 @@ class RunConfig:
              f"is {self.model.max_positions}, but a document may have {longest} tokens: raise it, or lower "
              "data.max_source_tokens")
         positive = {"optim.lr": o.lr, "optim.eps": o.eps, "train.steps": t.steps,
-                    "train.log_every": t.log_every, "train.expert_parallel_size": t.expert_parallel_size,
+                    "train.log_every": t.log_every, "train.max_skipped": t.max_skipped,
+                    "train.expert_parallel_size": t.expert_parallel_size,
                     "sample.steps": s.steps,
                     "sample.temperature": s.temperature, "eval.documents": self.eval.documents,
                     "eval.noise_levels": self.eval.noise_levels, "sample.documents": s.documents}
         for key, value in positive.items():
             need(value > 0, key, f"must be positive, not {value}")
+        step_range(t.profile_steps)
+        recomputed_layers(t.activation_checkpointing, self.model.layers)
+        need(bool(t.profile_steps) or not t.profile_memory, "train.profile_memory",
+             "is recorded in the steps of train.profile_steps: set these as well")
         not_negative = {"optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps,
                         "train.seed": t.seed, "sample.seed": s.seed, "train.eval_every": t.eval_every,
                         "train.sample_every": t.sample_every, "train.save_every": t.save_every,
                         "train.keep_last": t.keep_last, "train.keep_every": t.keep_every,
-                        "train.max_minutes": t.max_minutes}
+                        "train.max_minutes": t.max_minutes, "train.spike_limit": t.spike_limit,
+                        "train.hang_minutes": t.hang_minutes}
         for key, value in not_negative.items():
             need(value >= 0, key, f"must be 0 or positive, not {value}")
         need(len(o.betas) == 2 and all(0 <= beta < 1 for beta in o.betas), "optim.betas",
@@ -168,6 +192,22 @@ class RunConfig:
                                                 "diffuseq_v2_compat"))}
         for key, (value, allowed) in choices.items():
             need(value in allowed, key, f"is '{value}', must be one of {', '.join(allowed)}")
+
+    def check_device(self, device: str) -> None:
+        """Refuses, with ConfigError, what this kind of device ("cpu" or "cuda") cannot do."""
+        if device == "cpu" and self.train.profile_memory:
+            raise ConfigError("train.profile_memory", "records CUDA memory, and this run is on a CPU: set it to false")
+
+
+def recomputed_layers(policy: str, layers: int) -> frozenset[int]:
+    """Layers, from 0 on, that `train.activation_checkpointing` chooses; ConfigError if it is none of its forms."""
+    if policy in ("none", "all"):
+        return frozenset(range(layers) if policy == "all" else ())
+    match = re.fullmatch(r"every:([1-9]\d*)", policy)
+    if match is None or int(match[1]) > layers:
+        raise ConfigError("train.activation_checkpointing", f"is '{policy}', must be none, all or every:n with n from "
+                          f"1 to model.layers = {layers}")
+    return frozenset(range(int(match[1]) - 1, layers, int(match[1])))
 
 
 class Key(NamedTuple):

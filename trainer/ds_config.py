@@ -229,6 +229,8 @@ def _resolve(values: dict, path: Path) -> DSConfig:
     enabled = [name for name in ("bf16", "fp16") if values.get(name, {}).get("enabled", False)]
     need(len(enabled) < 2, "fp16", "and bf16 are both enabled: keep bf16")
     precision = enabled[0] if enabled else "fp32"
+    need(values.get("bf16", {}).get("check_grad_overflow", True), "bf16.check_grad_overflow",
+         "is false, but steps with bad gradients are skipped through it: remove it")
 
     zero = values.setdefault("zero_optimization", {})
     stage = zero.setdefault("stage", 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import deepspeed
@@ -14,11 +14,13 @@ from torch import Tensor
 
 from model.diffusion_lm import DiffusionLM, LossReport
 from model.moe.parallel import whole_state
-from trainer.config import OptimConfig, RunConfig
+from trainer.config import OptimConfig, RunConfig, recomputed_layers
 from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError
 from trainer.kernels import DTYPES
 from trainer.launch import Ranks
+from trainer.randomness import random_states, restore_random_states
+from trainer.snapshot import Files, HostCopies, RecordingEngine
 
 _TABLES = ("embedding", "denoiser.position")  # of tokens and of learned positions: no matrices
 _TAG = "engine"  # DeepSpeed's sub-folder inside a checkpoint
@@ -57,7 +59,7 @@ class Engine:
     def __init__(self, model: DiffusionLM, run: RunConfig, ds: DSConfig, ranks: Ranks):
         self.run, self.ranks, self.zero_stage = run, ranks, ds.zero_stage
         self.dtype = DTYPES[ds.precision]
-        model.denoiser.recompute = run.train.activation_checkpointing
+        model.denoiser.recompute = recomputed_layers(run.train.activation_checkpointing, run.model.layers)
         self._own = list(model.parameters(recurse=False))
         self.engine, self.optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=self._adamw(model, ds), config=ds.for_engine(ranks.world, ranks.device.type))
@@ -65,6 +67,7 @@ class Engine:
         self._shares = ranks.world * ds.accumulation
         self.ema = [part.detach().clone() for part in self._masters()] if run.optim.ema_decay > 0 else []
         self.updates = 0
+        self._copies = HostCopies()
 
     def _adamw(self, model: DiffusionLM, ds: DSConfig) -> torch.optim.Optimizer:
         optim = self.run.optim
@@ -80,24 +83,33 @@ class Engine:
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
         return torch.optim.AdamW(groups, fused=self.ranks.device.type == "cuda", **settings)
 
-    def forward_backward(self, *inputs) -> LossReport:
-        """One micro-batch. The model's total is its share of the global loss; DeepSpeed averages over ranks and
-        accumulation, so the share is scaled up by as much beforehand."""
-        report: LossReport = self.engine(*inputs)
+    def forward(self, *inputs) -> LossReport:
+        """The loss of one micro-batch."""
+        return self.engine(*inputs)
+
+    def backward(self, report: LossReport) -> None:
+        """Gradients of one micro-batch. The model's total is its share of the global loss; DeepSpeed averages over
+        ranks and accumulation, so the share is scaled up by as much beforehand."""
         self.engine.backward(report.total * self._shares)
-        return report
 
     def accumulate(self, last: bool) -> None:
         """After a micro-batch that is not the step's last: lets DeepSpeed count it without an update."""
         if not last:
             self.engine.step()
 
-    def update(self, step: int) -> float:
-        """Clips, updates the weights and their average. Returns the learning rate used."""
+    def update(self, step: int, discard: bool = False) -> float | None:
+        """Clips, updates the weights and their average. Returns the learning rate used.
+
+        None if nothing was updated: because of `discard`, or because the gradient norm is not finite. The weights,
+        the optimizer's state and the average are then as before, and the gradients are gone.
+        """
         rate = learning_rate(self.run.optim, step, self.run.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        self.engine.step()
+        with self._invalid_norm() if discard else nullcontext():
+            self.engine.step()
+        if not self.engine.was_step_applied():
+            return None
         self.updates += 1
         if self.ema:
             # The average of few weights is short at first, so that it soon forgets the initial ones.
@@ -105,9 +117,21 @@ class Engine:
             update_average(self.ema, self._masters(), decay)
         return rate
 
+    @contextmanager
+    def _invalid_norm(self) -> Iterator[None]:
+        """Makes the optimizer drop the step as it does by itself when the gradient norm is not finite, which it shows
+        as -1: it offers no other way to give accumulated gradients up."""
+        invalid = torch.tensor(-1.0, device=self.ranks.device)
+        name, norm = (("_get_norm_groups", [invalid]) if self.zero_stage == 3 else ("scaled_global_norm", invalid))
+        setattr(self.optimizer, name, lambda: norm)
+        try:
+            yield
+        finally:
+            delattr(self.optimizer, name)
+
     @property
     def gradient_norm(self) -> float:
-        """Global norm before clipping, of the last update."""
+        """Global norm before clipping, of the last step; infinite if that was not applied."""
         return float(self.engine.get_global_grad_norm())
 
     @contextmanager
@@ -159,13 +183,30 @@ class Engine:
         for master, data in zip(masters, held, strict=True):
             master.data = data
 
-    def save(self, folder: Path) -> None:
-        """Writes ZeRO's state and this rank's average into `folder`. A collective; not atomic by itself."""
-        self.engine.save_checkpoint(str(folder), tag=_TAG, save_latest=False)
-        torch.save({"ema": self.ema, "updates": self.updates}, folder / self._rank_file())
+    def state_files(self, copies: bool) -> Files:
+        """This rank's files of a checkpoint: ZeRO's state, its average, its random numbers. A collective.
+
+        copies: as copies in host memory, which training on does not change and the next call overwrites; otherwise
+        the state itself.
+        """
+        # DeepSpeed names files by their path under a folder that need not exist.
+        root = Path("/checkpoint")
+        recording = RecordingEngine(root, self._copies if copies else None)
+        engine = self.engine
+        held, engine.checkpoint_engine = engine.checkpoint_engine, recording
+        engine._copy_recovery_script = lambda save_path: None  # it cannot read experts
+        try:
+            engine.save_checkpoint(str(root), tag=_TAG, save_latest=False)
+        finally:
+            engine.checkpoint_engine = held
+        recording.save({"ema": self.ema, "updates": self.updates, "random": random_states(self.ranks.device)},
+                       str(root / self._rank_file()))
+        if copies:
+            self._copies.finish()
+        return recording.files
 
     def load(self, folder: Path) -> None:
-        """Restores what `save` wrote, on the same topology."""
+        """Restores what a checkpoint of `state_files` holds, on the same topology."""
         path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load its state; see its message above")
@@ -173,6 +214,7 @@ class Engine:
         self.updates = state["updates"]
         for average, saved in zip(self.ema, state["ema"], strict=True):
             average.copy_(saved)
+        restore_random_states(state["random"], self.ranks.device)
 
     def _rank_file(self) -> str:
-        return f"average-rank{self.ranks.rank:05d}.pt"
+        return f"rank{self.ranks.rank:05d}.pt"

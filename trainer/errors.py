@@ -28,13 +28,15 @@ class ExitCode(IntEnum):
     DATA = 81
     """A data file is missing, damaged or not of the form that was promised."""
     NUMERICAL = 82
-    """The loss became infinite or not a number."""
+    """Too many steps in a row had to be skipped: the loss or its gradient was not finite, or a spike."""
     OUT_OF_MEMORY = 83
     """A device, or the host, had no memory left for a tensor."""
     CHECKPOINT = 84
     """No usable checkpoint to start from, or the run folder could not be written."""
+    HANG = 90
+    """No progress for `train.hang_minutes`. The log names the ranks that are silent or behind."""
     COMMUNICATION = 91
-    """The ranks lost touch with each other."""
+    """The ranks lost touch with each other. The log names a rank that has died."""
     NODES = 92
     """Under SLURM: nodes failed the checks before training, and there are no others to take their place."""
 
@@ -52,7 +54,7 @@ class DataError(RunError):
 
 
 class NumericalError(RunError):
-    """The loss became infinite or not a number."""
+    """Too many steps in a row had to be skipped."""
 
     code = ExitCode.NUMERICAL
 
@@ -61,6 +63,12 @@ class CheckpointError(RunError):
     """A checkpoint that cannot be read or does not fit this run, or a run folder that cannot be written."""
 
     code = ExitCode.CHECKPOINT
+
+
+class LostRankError(RunError):
+    """Another rank has died; says which."""
+
+    code = ExitCode.COMMUNICATION
 
 
 _STORAGE = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO)

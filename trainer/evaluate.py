@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from model.batch import PackedBatch
@@ -20,13 +22,14 @@ there is nothing left to learn from context."""
 
 @torch.no_grad()
 def evaluate(model: DiffusionLM, data: PreparedData, split: str, *, documents: int, levels: int, seed: int,
-             dtype: torch.dtype, ranks: Ranks) -> dict:
+             dtype: torch.dtype, ranks: Ranks, between: Callable[[], None] = lambda: None) -> dict:
     """Cross-entropy in nats per token of `documents` of a split, at the middles of `levels` equal slices of time.
 
     `model`: with the right sources; `shuffled_sources`: each target with another document's source, the same noise
     (left out where documents have no source); `context_free`: the Bayes posterior from the unigram prior and a
     token's own noisy embedding. Averages are over the levels where the last exceeds KNOWN_BELOW, the noisiest among
-    them. A collective: all ranks call it.
+    them. A collective: all ranks call it. between: called before every batch, equally often on all ranks; may raise
+    to abandon the evaluation.
     """
     times = (torch.arange(levels) + 0.5) / levels
     # Cached sources are computed once for all levels, as draws of one document; otherwise a pass for every level.
@@ -38,6 +41,7 @@ def evaluate(model: DiffusionLM, data: PreparedData, split: str, *, documents: i
         for shuffled in orders:
             for batch, weight in evaluation_batches(samples, limit=documents, rank=ranks.rank, world=ranks.world,
                                                     shuffle_sources=shuffled):
+                between()
                 _add(sums, model, batch, weight, level_times, first, seed, shuffled, dtype, ranks.device)
     torch.distributed.all_reduce(sums)
     *totals, counts = sums.cpu().unbind(1)

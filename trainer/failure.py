@@ -6,6 +6,7 @@ sit in a collective until a time limit, or end with a code of their own, which t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -15,6 +16,7 @@ import torch
 
 _KEY = "trainer/failure"
 _NOBODY = -1
+_ANSWER_SECONDS = 5
 _watcher: threading.Thread | None = None
 
 
@@ -39,10 +41,18 @@ def report(code: int) -> tuple[bool, int]:
     if not torch.distributed.is_initialized():
         return os.environ.get("RANK", "0") == "0", code
     rank = torch.distributed.get_rank()
-    try:
-        speaker, agreed = map(int, _store().compare_set(_KEY, "", f"{rank} {int(code)}").split())
-    except RuntimeError:  # the store went with the first rank
+    answers: list[bytes] = []
+
+    def ask() -> None:
+        with contextlib.suppress(RuntimeError):  # the store went with the first rank
+            answers.append(_store().compare_set(_KEY, "", f"{rank} {int(code)}"))
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(_ANSWER_SECONDS)  # the first rank, which keeps the store, may be frozen
+    if not answers:
         return True, code
+    speaker, agreed = map(int, answers[0].split())
     return speaker == rank, agreed
 
 

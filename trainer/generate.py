@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -22,15 +22,16 @@ def sampler_settings(config: SampleConfig) -> SamplerSettings:
 
 def generate(model: DiffusionLM, vocabulary: Vocabulary, sources: Sequence[tuple[int, np.ndarray]],
              canvas_tokens: int, settings: SamplerSettings, *, device: torch.device,
-             documents_per_batch: int = 8) -> Iterator[dict]:
+             documents_per_batch: int = 8, between: Callable[[], None] = lambda: None) -> Iterator[dict]:
     """One record a source, in order: its `document` number, the `text`, and whether the text was `ended` by the
-    model (otherwise it fills the canvas). sources: (document number, ids as `source_segment` gives them)."""
+    model (otherwise it fills the canvas). sources: (document number, ids as `source_segment` gives them). between:
+    called before every step of the sampler; may raise to abandon it."""
     for start in range(0, len(sources), documents_per_batch):
         part = sources[start:start + documents_per_batch]
         numbers = [number for number, _ in part]
         batch = generation_batch([ids for _, ids in part], canvas_tokens=canvas_tokens, pad_id=vocabulary.pad_id,
                                  samples=numbers)
-        tokens_CL = sample(model, batch, settings, device=device).tokens_CL
+        tokens_CL = sample(model, batch, settings, device=device, between=between).tokens_CL
         texts = vocabulary.decode(tokens_CL.tolist())
         for number, tokens_L, text in zip(numbers, tokens_CL, texts, strict=True):
             yield {"document": number, "text": text, "ended": bool((tokens_L == vocabulary.eos_id).any())}

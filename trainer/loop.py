@@ -17,37 +17,45 @@ from model.diffusion.loss_second_moment import LossSecondMoment
 from model.diffusion_lm import DiffusionLM
 from model.flops import training_flops
 from model.moe.parallel import ExpertGroup
-from trainer import checkpoint
+from trainer.checkpoint import Saver
 from trainer.config import RunConfig
 from trainer.data.evaluation import evaluation_samples
 from trainer.data.loader import PackedLoader, StepInfo
 from trainer.data.prepare import prepare
 from trainer.ds_config import DSConfig
 from trainer.engine import Engine
-from trainer.errors import NumericalError
+from trainer.errors import NumericalError, storage_failure
 from trainer.evaluate import evaluate, summary, table
+from trainer.exchange import Report, exchange
 from trainer.expert_parallel import shard_experts
 from trainer.expert_use import StarvationWatch, warning
 from trainer.export import load_weights, model_folder, write_model
 from trainer.generate import generate, sampler_settings
+from trainer.guard import Guard, Trouble
 from trainer.hardware import peak_flops
 from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
+from trainer.profiling import Profiler, step_range
 from trainer.randomness import training_draw
 from trainer.run_folder import RunFolder
-from trainer.signals import StopRequest
+from trainer.saving import Saving
+from trainer.signals import StopRequest, StopRequested
 from trainer.topology import check_same, topology
+from trainer.watchdog import Watchdog, slowest
 
 
 class TrainingRun:
     """Builds data, model and engine, resumes, and trains. All methods are collectives."""
 
-    def __init__(self, run: RunConfig, ds: DSConfig, folder: RunFolder, ranks: Ranks, stop: StopRequest):
-        self.ds, self.folder, self.ranks, self.stop = ds, folder, ranks, stop
+    def __init__(self, run: RunConfig, ds: DSConfig, folder: RunFolder, ranks: Ranks, stop: StopRequest,
+                 watchdog: Watchdog):
+        self.ds, self.folder, self.ranks, self.stop, self.watchdog = ds, folder, ranks, stop, watchdog
         if run.train.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
             torch.use_deterministic_algorithms(True)
-        self.data = prepare(run.data, splits=("train", "valid"), progress=True)
+        with stop.at_once():
+            self.data = prepare(run.data, splits=("train", "valid"), progress=True)
+        watchdog.start()  # not earlier: ranks may wait long for the one that prepares
         self.vocabulary = vocabulary = self.data.vocabulary
         self.run = run = replace(run, model=replace(
             run.model, vocab_size=vocabulary.size, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id,
@@ -71,88 +79,164 @@ class TrainingRun:
         self.times = LossSecondMoment(d.steps) if d.time_sampling == "loss_second_moment" else None
         self.engine = Engine(model, run, ds, ranks)
         self.model = self.engine.model
-        self.step = self.resumed_at = self._resume()
+        self.guard = Guard(run.train.spike_limit)
+        watchdog.beat("resume", 0)
+        self.step = self._resume()
+        if ranks.first:
+            stop.watch_folder(folder.path)
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
+        self.saving = Saving(folder.path, Saver(folder.path, ranks, run.train.keep_last, run.train.keep_every),
+                             self.engine.state_files, run.train.async_save, self.step, self.log, self.say, watchdog)
         moe_layers = run.model.layers if run.model.network == "sparse" else 0
         self.metrics = StepMetrics(self.model.schedule, moe_layers, run.model.moe.experts, ranks.device,
                                    peak_flops(ranks.device, self.engine.dtype), self.expert_group)
         self.starvation = StarvationWatch()
+        self.profiler = Profiler(step_range(run.train.profile_steps if ranks.first else ""), run.train.profile_memory,
+                                 folder.path)
+        self.seconds_W = [0.0] * ranks.world
+        self.stopping = False
 
     def train(self) -> bool:
         """Trains to the last step or until asked to stop. Returns whether the run is finished."""
         run, last = self.run.train, self.run.train.steps
+        self.stopping = self.stop.agreed(self.ranks.control)
         with tqdm(total=last, initial=self.step, desc="training", unit="step", disable=not self.ranks.first,
                   dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 15.0) as bar:
             for info, micro_batches in self.loader.stream(self.step):
-                if self.step >= last or self.stop.agreed(self.ranks.control):
+                if self.step >= last or self.stopping:
                     break
-                rate = self._train_step(info, micro_batches)
-                self.step += 1
+                save = self._train_step(info, micro_batches)
                 bar.update()
                 if self._due(run.log_every):
-                    self._log(info, rate, bar)
+                    self._log(info, bar)
                 with self.metrics.clock_stopped():
-                    if self._due(run.eval_every):
-                        self._evaluate()
-                    if self._due(run.sample_every):
-                        self._show_samples()
-                    if self._due(run.save_every) and self.step < last:
-                        self.save()
-        if self.step > self.resumed_at:
-            self.save()
+                    self._interludes()
+                    if (save or self._due(run.save_every)) and self.step < last and not self.stopping:
+                        self.saving.begin(self.step, self._facts())
+                    self.saving.note()
+                if self.guard.in_a_row >= run.max_skipped:
+                    self._give_up()
+        self.saving.settle(self.step, self._facts())
         finished = self.step >= last
         if finished:
             self._export()
         self.log.write("event", self.step, {"event": "finished" if finished else f"stopped: {self.stop.reason}"})
         self.log.close()
+        self.watchdog.stop()
         if self.ranks.first:
-            self.folder.mark("done" if finished else "preempted", self.step, self.stop.reason)
+            stopped = "stopped" if self.stop.by_file else "preempted"
+            self.folder.mark("done" if finished else stopped, self.step, self.stop.reason)
         return finished
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.run.train.steps)
 
-    def _train_step(self, info: StepInfo, micro_batches: list) -> float:
+    def _train_step(self, info: StepInfo, micro_batches: list) -> bool:
+        """One step, after which `self.step` is one higher and `self.stopping` up to date. Returns whether a rank was
+        asked to save."""
         model, seed, device = self.model, self.run.train.seed, self.ranks.device
         measured = torch.zeros((), dtype=torch.float64, device=device)
+        self.watchdog.beat("train", self.step + 1)
+        self.profiler.before(self.step + 1)
+        seconds = 0.0
         for index, batch in enumerate(micro_batches):
+            began = time.perf_counter()
             plan = model.prepare(batch, device=device, dtype=self.engine.dtype).to(device)
             draw = training_draw(batch, self.run.model, seed, self.step, self.times).to(device)
             batch = batch.to(device)
             sent = self.expert_group.sent_bytes
-            report = self.engine.forward_backward(batch, plan, draw, info.loss_tokens, info.tokens)
-            self._check_finite(report.total)
+            report = self.engine.forward(batch, plan, draw, info.loss_tokens, info.tokens)
+            seconds += time.perf_counter() - began
+            self.watchdog.beat("gradients", self.step + 1)
+            self.engine.backward(report)
             self.metrics.add(report, batch, training_flops(self.run.model, plan, batch.sample_C.numel()),
                              self.expert_group.sent_bytes - sent)
             if self.times is not None:
                 measured = measured + self.times.measure(batch, plan, draw, report)
             self.engine.accumulate(last=index == len(micro_batches) - 1)
-        rate = self.engine.update(self.step)
-        if self.times is not None:
+        # The step's only wait for the device; the optimizer would wait here itself, for the norm.
+        reports = exchange(Report(self.metrics.step_loss.item(), self.stop.wanted, self.stop.take_save(), seconds),
+                           self.ranks)
+        self.seconds_W = [sum(pair) for pair in zip(self.seconds_W, (each.seconds for each in reports), strict=True)]
+        applied = self._update(info, [each.loss for each in reports])
+        if applied and self.times is not None:
             torch.distributed.all_reduce(measured)
             self.times.observe(measured)
-        self.metrics.count(info.loss_tokens, info.tokens)
-        return rate
+        self.step += 1
+        trace = self.profiler.after(self.step)
+        if trace is not None:
+            self.say(f"step {self.step}: profile written to {trace}")
+        self.stopping = self.stop.agree(any(each.stop for each in reports))
+        return any(each.save for each in reports)
 
-    def _check_finite(self, total: torch.Tensor) -> None:
-        """Before the update, so that the weights stay as they are. DeepSpeed's step waits for the device anyway."""
-        bad = torch.tensor([not math.isfinite(total.item())], dtype=torch.uint8)
-        torch.distributed.all_reduce(bad, op=torch.distributed.ReduceOp.MAX, group=self.ranks.control)
-        if bad.item():
-            raise NumericalError(f"step {self.step}: the loss is not finite. The newest checkpoint is from before; "
-                                 "resume with a lower optim.lr or a longer optim.warmup_steps")
+    def _update(self, info: StepInfo, share_W: list[float]) -> bool:
+        """Applies the step, or skips it on all ranks. Returns whether it was applied."""
+        trouble = self.guard.judge(share_W)
+        rate = self.engine.update(self.step, discard=trouble is not None)
+        if rate is not None:
+            self.guard.applied(sum(share_W))
+            self.metrics.count(info.loss_tokens, info.tokens)
+            self.rate = rate
+            return True
+        self.metrics.drop()
+        if trouble is None and self.ds.precision == "fp16":
+            return False  # its loss scaling steps down to where gradients fit
+        # A gradient is the sum over ranks by the time it is looked at.
+        trouble = trouble or Trouble("the gradient is not finite", list(range(self.ranks.world)))
+        self.guard.skip()
+        loss = sum(share_W)
+        self.log.write("event", self.step + 1, {
+            "event": "skipped", "reason": trouble.what, "ranks": trouble.ranks,
+            "loss": loss if math.isfinite(loss) else None, "in_a_row": self.guard.in_a_row})
+        self.say(f"step {self.step + 1}: skipped, {trouble.what} ({_named(trouble.ranks)})")
+        return False
 
-    def _log(self, info: StepInfo, rate: float, bar: tqdm) -> None:
+    def _give_up(self) -> None:
+        self.saving.settle(self.step, self._facts())
+        raise NumericalError(
+            f"step {self.step}: {self.guard.in_a_row} steps in a row were skipped (train.max_skipped); metrics.jsonl "
+            "says why, as events. Continue with another configuration, such as a lower optim.lr: in a new --run_dir, "
+            "with --resume and a checkpoint's folder")
+
+    def _log(self, info: StepInfo, bar: tqdm) -> None:
+        mean_W = [seconds / self.run.train.log_every for seconds in self.seconds_W]
+        straggler = slowest(mean_W)
+        if straggler is not None:
+            own = mean_W[straggler]
+            self.say(f"step {self.step}: rank {straggler} is slow: {own:.3f} s a step for its part")
+            self.log.write("event", self.step, {"event": "straggler", "rank": straggler, "seconds": round(own, 4)})
+        self.seconds_W = [0.0] * self.ranks.world
+        if self.metrics.steps == 0:  # all steps since the last line were skipped
+            return
         line = self.metrics.reduce()
-        line |= {"lr": rate, "gradient_norm": self.engine.gradient_norm, "epoch": info.epoch,
-                 "seconds": self.folder.seconds()}
+        norm = self.engine.gradient_norm
+        line |= {"lr": self.rate, "gradient_norm": norm if math.isfinite(norm) else None, "epoch": info.epoch,
+                 "skipped": self.guard.skipped, "seconds": self.folder.seconds()}
         self.log.write("train", self.step, line)
         if self.metrics.layers and (starving := self.starvation.notice(line["expert_tokens"])):
             self.log.write("event", self.step, {"event": "experts starve", "layer_and_expert": starving})
             self.say(f"step {self.step}: {warning(starving)}", file=sys.stderr)
-        shown = {"loss": line["loss"], "ce": line["cross_entropy"], "gnorm": line["gradient_norm"]}
+        shown = {"loss": line["loss"], "ce": line["cross_entropy"], "gnorm": norm}
         bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | {
             "tok/s": f"{line['tokens_per_s']:,.0f}"})
+
+    def _interludes(self) -> None:
+        """Evaluation and samples where they are due; a request to stop abandons them."""
+        if self.stopping:
+            return
+        try:
+            if self._due(self.run.train.eval_every):
+                self._evaluate()
+            if self._due(self.run.train.sample_every):
+                self._show_samples()
+        except StopRequested:
+            self.stopping = True
+            self.say(f"step {self.step}: evaluation abandoned ({self.stop.reason})")
+
+    def _between(self, phase: str) -> None:
+        """Between two parts of an evaluation or of sampling: a sign of life, and a look for requests to stop."""
+        self.watchdog.beat(phase, self.step)
+        self.stop.check(self.ranks.control)
 
     def _evaluate(self) -> None:
         run = self.run
@@ -161,7 +245,7 @@ class TrainingRun:
         with self.engine.averaged_weights() as model:
             result = evaluate(model, self.data, "valid", documents=run.eval.documents,
                               levels=run.eval.noise_levels, seed=run.train.seed, dtype=self.engine.dtype,
-                              ranks=self.ranks)
+                              ranks=self.ranks, between=lambda: self._between("evaluate"))
         self.log.write("eval", self.step, result)
         self.say(f"step {self.step}: {summary(result)}")
         if self.step == run.train.steps:
@@ -179,7 +263,8 @@ class TrainingRun:
                 for turn in range(-(-len(chosen) // self.ranks.world))]
         with self.engine.averaged_weights() as model:
             records = list(generate(model, self.vocabulary, [(n, samples.source(n)) for n in mine],
-                                    samples.canvas_tokens, sampler_settings(run.sample), device=self.ranks.device))
+                                    samples.canvas_tokens, sampler_settings(run.sample), device=self.ranks.device,
+                                    between=lambda: self._between("sample")))
         gathered: list[list[dict]] = [[] for _ in range(self.ranks.world)]
         torch.distributed.all_gather_object(gathered, records)
         texts = {record["document"]: record for part in gathered for record in part}
@@ -187,23 +272,26 @@ class TrainingRun:
             references = self.vocabulary.decode([samples.segment(n).canvas for n in sorted(texts)])
             records = [{**texts[n], "reference": reference}
                        for n, reference in zip(sorted(texts), references, strict=True)]
-            path = self.folder.path / "samples" / f"step-{self.step:08d}.jsonl"
-            path.parent.mkdir(exist_ok=True)
-            path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            self._write_samples("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
             self.say(f"step {self.step}: sample: {records[0]['text'][:300]!r}")
 
-    def save(self) -> None:
-        facts = {"topology": topology(self.run, self.ds, self.ranks.world)}
-        if self.times is not None:
-            facts["time_sampling"] = self.times.state()
-        started = time.perf_counter()
-        path = checkpoint.save(self.folder.path, self.step, facts, self.engine.save, self.ranks,
-                               self.run.train.keep_last, self.run.train.keep_every)
-        seconds = time.perf_counter() - started
-        self.log.write("event", self.step, {"event": "saved", "path": str(path), "save_seconds": round(seconds, 3)})
+    def _write_samples(self, text: str) -> None:
+        path = self.folder.path / "samples" / f"step-{self.step:08d}.jsonl"
+        try:
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(text)
+        except OSError as error:
+            if storage_failure(error) is None:
+                raise
+            self.say(f"warning: {path} could not be written: {storage_failure(error)}")
+
+    def _facts(self) -> dict:
+        """What a checkpoint's manifest says beside its files."""
+        facts = {"topology": topology(self.run, self.ds, self.ranks.world), "guard": self.guard.state()}
+        return facts if self.times is None else facts | {"time_sampling": self.times.state()}
 
     def _resume(self) -> int:
-        found = self.folder.checkpoint(self.say)
+        found = self.folder.checkpoint(self.ranks, self.say)
         if found is None:
             return 0
         path, manifest = found
@@ -211,10 +299,14 @@ class TrainingRun:
         self.engine.load(path)
         if self.times is not None:
             self.times.load(manifest["time_sampling"])
+        self.guard.load(manifest["guard"])
+        if self.guard.in_a_row >= self.run.train.max_skipped:
+            self.guard.in_a_row = 0  # the run ended for that; whoever starts it again gives it as many chances again
         self.say(f"resumed from {path}")
         return manifest["step"]
 
     def _export(self) -> None:
+        self.watchdog.beat("export", self.step)
         with self.engine.averaged_weights():
             state = self.engine.full_state()
         if self.ranks.first:
@@ -227,3 +319,7 @@ class TrainingRun:
         if self.ranks.first:
             tqdm.write(text, file=file or sys.stdout)
             (file or sys.stdout).flush()
+
+
+def _named(ranks: list[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

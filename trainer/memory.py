@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from model.config import ModelConfig
-from trainer.config import RunConfig
+from trainer.config import RunConfig, recomputed_layers
 from trainer.ds_config import DSConfig
 
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
@@ -28,7 +28,9 @@ def memory_per_rank(run: RunConfig, ds: DSConfig, world: int, parameters: int, e
         f"fp32 copy{where}": 4 * shard,
         f"Adam moments{where}": 8 * shard,
         f"averaged weights{where}": 4 * shard if run.optim.ema_decay > 0 else 0,
-        "activations": activation_bytes(run.model, tokens, targets, size, run.train.activation_checkpointing),
+        "activations": activation_bytes(
+            run.model, tokens, targets, size,
+            len(recomputed_layers(run.train.activation_checkpointing, run.model.layers))),
     }
 
 
@@ -40,11 +42,11 @@ def target_share(run: RunConfig) -> float:
     return targets / (targets + source)
 
 
-def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: int, recompute: bool) -> float:
+def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: int, recomputed: int = 0) -> float:
     """What a forward pass of `tokens` tokens, `targets` of them noised, keeps for its backward pass.
 
-    size: bytes of an activation. recompute: activation checkpointing, which keeps each block's input and, while one
-    block is computed again, that block's own.
+    size: bytes of an activation. recomputed: blocks under activation checkpointing, each of which keeps its input and,
+    while it is computed again, its own activations.
     """
     width, moe = model.width, model.moe
     copies = moe.top_k
@@ -60,7 +62,7 @@ def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: in
         # what was dropped, in a byte each.
         block = tokens * ((8 * width + 2 * moe.ffn) * size + (2 * width if model.dropout > 0 else 0))
         stem = tokens * (inputs + 3 * width) * size
-    kept = model.layers * tokens * width * size + block if recompute else model.layers * block
+    kept = (model.layers - recomputed + (recomputed > 0)) * block + recomputed * tokens * width * size
     # Distributions over the vocabulary, in fp32: the posterior's softmax, and logits with their softmax, or the
     # softmax of rounding.
     predicts_tokens = model.diffusion.loss == "cross_entropy"

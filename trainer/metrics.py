@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from model.batch import PackedBatch
 from model.diffusion.schedule import NoiseSchedule
 from model.diffusion_lm import LossReport
 from model.moe.parallel import ExpertGroup
+from trainer.errors import storage_failure
 from trainer.expert_traffic import count_traffic, traffic_line
 from trainer.expert_use import NOISE_BINS, POSITION_BINS, ExpertUse
 
@@ -39,35 +41,52 @@ class StepMetrics:
         self._reset()
 
     def _reset(self) -> None:
-        self.terms: dict[str, torch.Tensor] = {}
-        self.noise_sums = torch.zeros(2, NOISE_BINS, device=self.device)
-        self.expert_use = ExpertUse(self.layers, self.experts, self.device)
-        self.traffic = torch.zeros(3, dtype=torch.int64, device=self.device)
-        self.loss = torch.zeros((), device=self.device)
+        self.sums = self._zeros()
+        self.sums["experts"] = ExpertUse(self.layers, self.experts, self.device).flat()
         self.trained_tokens = self.tokens = self.steps = self.flops = 0
+        self.drop()
         self.began, self.elsewhere = time.perf_counter(), 0.0
+
+    def _zeros(self) -> dict[str, torch.Tensor]:
+        return {"traffic": torch.zeros(3, dtype=torch.int64, device=self.device),
+                "noise": torch.zeros(2, NOISE_BINS, device=self.device), "loss": torch.zeros((), device=self.device)}
 
     def add(self, report: LossReport, batch: PackedBatch, flops: int, sent_bytes: int) -> None:
         """One micro-batch of this rank, on the device, and what it cost: `model/flops.py`, and what was sent to
         other ranks' experts."""
-        self.flops += flops
+        self.step_flops += flops
+        sums = self.step_sums
         if self.expert_group.size > 1:
-            self.traffic += count_traffic(report, sent_bytes, self.experts, self.expert_group)
-        self.loss += report.total.detach()
+            sums["traffic"] += count_traffic(report, sent_bytes, self.experts, self.expert_group)
+        sums["loss"] += report.total.detach()
         for name, value in report.terms.items():
-            self.terms[name] = self.terms.get(name, 0) + value
+            sums[f"term:{name}"] = sums.get(f"term:{name}", 0) + value.float()
         low, high = self.schedule.low, self.schedule.high
         place = ((high - report.log_snr_M) / (high - low) * NOISE_BINS).long().clamp(0, NOISE_BINS - 1)
-        self.noise_sums[0].index_add_(0, place, report.cross_entropy_M)
-        self.noise_sums[1].index_add_(0, place, torch.ones_like(report.cross_entropy_M))
+        sums["noise"][0].index_add_(0, place, report.cross_entropy_M)
+        sums["noise"][1].index_add_(0, place, torch.ones_like(report.cross_entropy_M))
         if self.layers:
-            self.expert_use.add(report, document_tenths(batch), place)
+            self.step_use.add(report, document_tenths(batch), place)
+
+    @property
+    def step_loss(self) -> torch.Tensor:
+        """This rank's share of the loss of the step in progress."""
+        return self.step_sums["loss"]
 
     def count(self, trained_tokens: int, tokens: int) -> None:
-        """The global batch of one step."""
+        """The global batch of one step, which was applied."""
+        self.step_sums["experts"] = self.step_use.flat()
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in self.step_sums.items()}
+        self.flops += self.step_flops
         self.steps += 1
         self.trained_tokens += trained_tokens
         self.tokens += tokens
+        self.drop()
+
+    def drop(self) -> None:
+        """Forgets the micro-batches since the last step: it was skipped."""
+        self.step_sums, self.step_flops = self._zeros(), 0
+        self.step_use = ExpertUse(self.layers, self.experts, self.device)
 
     @contextmanager
     def clock_stopped(self) -> Iterator[None]:
@@ -77,23 +96,24 @@ class StepMetrics:
         self.elsewhere += time.perf_counter() - began
 
     def reduce(self) -> dict:
-        """Means since the last call, over all ranks. A collective."""
-        names = list(self.terms)
-        parts = [torch.stack([self.terms[name] for name in names]), self.noise_sums.flatten(),
-                 self.expert_use.flat(), self.loss[None], self.traffic,
+        """Means since the last call, over all ranks; at least one step must have been counted. A collective."""
+        names = [name for name in self.sums if name.startswith("term:")]
+        parts = [torch.stack([self.sums[name] for name in names]), self.sums["noise"].flatten(), self.sums["experts"],
+                 self.sums["loss"][None], self.sums["traffic"],
                  torch.tensor([self.flops / 1e12], device=self.device)]
         flat = torch.cat([part.double() for part in parts])
         torch.distributed.all_reduce(flat)
         sizes = [part.numel() for part in parts]
         terms, noise, expert_use, loss, traffic, teraflops = flat.cpu().split(sizes)
         seconds = time.perf_counter() - self.began - self.elsewhere
-        line = {name: float(value) / self.steps for name, value in zip(names, terms, strict=True)}
+        line = {name.removeprefix("term:"): float(value) / self.steps
+                for name, value in zip(names, terms, strict=True)}
         line = {"loss": float(loss) / self.steps, **line}
         sums, number = noise.view(2, NOISE_BINS)
         line |= {
             "cross_entropy_by_noise": [round(float(s / n), 5) if n else None
                                        for s, n in zip(sums, number, strict=True)],
-            **(self.expert_use.summary(expert_use, self.tokens) if self.layers else {}),
+            **(self.step_use.summary(expert_use, self.tokens) if self.layers else {}),
             "tokens_per_s": self.tokens / seconds,
             "trained_tokens_per_s": self.trained_tokens / seconds,
             "tflops_per_s": float(teraflops) / seconds,
@@ -123,9 +143,10 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class MetricsLog:
-    """metrics.jsonl (one line an event, flushed at once) and TensorBoard events; only the first rank writes.
+    """metrics.jsonl (one line an event, written at once) and TensorBoard events; only the first rank writes.
 
-    Lines of steps after `resumed_at` are dropped: an interrupted run repeats those steps.
+    Lines of steps after `resumed_at` are dropped: an interrupted run repeats those steps. Lines that a full disk does
+    not take are kept for later; TensorBoard's events of that time are lost.
     """
 
     def __init__(self, run_dir: Path, resumed_at: int, active: bool):
@@ -138,33 +159,55 @@ class MetricsLog:
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.rename(path)
-        self.file = path.open("a")
-        # Not SummaryWriter: its thread ends on a full disk, and the next call waits for it for ever.
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND)
+        self._waiting = b""
         (run_dir / "tb").mkdir(exist_ok=True)
-        self.board = EventsWriter(str(run_dir / "tb" / "events"))
+        self._board_path, self._board = run_dir / "tb" / "events", None
         if resumed_at:
-            self.board.write_event(Event(wall_time=time.time(), step=resumed_at + 1,
-                                         session_log=SessionLog(status=SessionLog.START)))
+            self._to_board([Event(wall_time=time.time(), step=resumed_at + 1,
+                                  session_log=SessionLog(status=SessionLog.START))])
 
     def write(self, kind: str, step: int, values: dict) -> None:
         """kind: train, eval, samples or event."""
         if not self.active:
             return
-        self.file.write(json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n")
-        self.file.flush()
-        for name, value in values.items():
-            if isinstance(value, int | float) and not isinstance(value, bool):
-                self._draw(f"{kind}/{name}", value, step)
-            elif name in _DRAWN_BY_INDEX:
-                for index, part in enumerate(value):
-                    if part is not None:
-                        self._draw(f"{kind}/{name}/{index}", part, step)
-        self.board.flush()
+        self._waiting += (json.dumps({"kind": kind, "step": step, **values}, ensure_ascii=False) + "\n").encode()
+        with _unless_full():
+            while self._waiting:
+                self._waiting = self._waiting[os.write(self._file, self._waiting):]
+        shown = {f"{kind}/{name}": value for name, value in values.items()
+                 if isinstance(value, int | float) and not isinstance(value, bool)}
+        shown |= {f"{kind}/{name}/{index}": part for name in _DRAWN_BY_INDEX
+                  for index, part in enumerate(values.get(name, ())) if part is not None}
+        if shown:
+            self._to_board([Event(wall_time=time.time(), step=step, summary=scalar(tag, value))
+                            for tag, value in shown.items()])
 
-    def _draw(self, tag: str, value: float, step: int) -> None:
-        self.board.write_event(Event(wall_time=time.time(), step=step, summary=scalar(tag, value)))
+    def _to_board(self, events: list[Event]) -> None:
+        with _unless_full():
+            # Not SummaryWriter: its thread ends on a full disk, and the next call waits for it for ever.
+            board, self._board = self._board or EventsWriter(str(self._board_path)), None
+            for event in events:
+                board.write_event(event)
+            board.flush()
+            self._board = board  # otherwise its last record may be torn, and a new file is begun
 
     def close(self) -> None:
-        if self.active:
-            self.file.close()
-            self.board.close()
+        """After the last line; raises OSError if lines are still waiting for room."""
+        if not self.active:
+            return
+        while self._waiting:
+            self._waiting = self._waiting[os.write(self._file, self._waiting):]
+        os.close(self._file)
+        if self._board is not None:
+            self._board.close()
+
+
+@contextmanager
+def _unless_full() -> Iterator[None]:
+    """Passes over an OSError that says that the disk took no more."""
+    try:
+        yield
+    except OSError as error:
+        if storage_failure(error) is None:
+            raise

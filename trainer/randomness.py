@@ -101,3 +101,19 @@ def _jitter(batch: PackedBatch, config: ModelConfig, seed: int, step: int) -> to
         generator = keyed_generator(Stream.JITTER, seed, step, sample)
         jitter_LTD[:, at] = torch.rand(config.layers, at.numel(), config.width, generator=generator)
     return jitter_LTD
+
+
+def random_states(device: torch.device) -> dict[str, torch.Tensor]:
+    """Where PyTorch's own generators of this process stand. Training draws nothing from them that matters; they are
+    kept so that whatever does draw from them goes on after a resume as it would have."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_random_states(states: dict[str, torch.Tensor], device: torch.device) -> None:
+    """Sets the generators to what `random_states` returned."""
+    torch.set_rng_state(states["cpu"].cpu())
+    if device.type == "cuda" and "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"].cpu(), device)

@@ -19,7 +19,7 @@ if importlib.util.find_spec("torch") is None:
 from model.allocator import keep_freed_memory  # noqa: E402
 from trainer import failure, launch  # noqa: E402
 from trainer.command_line import parse  # noqa: E402
-from trainer.errors import ExitCode, exit_code_of, line_of  # noqa: E402
+from trainer.errors import ExitCode, LostRankError, exit_code_of, line_of  # noqa: E402
 from trainer.topology import check_topology  # noqa: E402
 
 
@@ -42,19 +42,23 @@ def train(args, run, ds) -> None:
     """Everything after the command line."""
     from trainer.kernels import DTYPES, chosen_kernels
     from trainer.loop import TrainingRun
+    from trainer.parents import watch_launchers
     from trainer.run_folder import RunFolder, on_first_rank
-    from trainer.signals import StopRequest
+    from trainer.signals import StopRequest, StopRequested
+    from trainer.watchdog import Watchdog
 
     stop = StopRequest(run.train.max_minutes)
     stop.install()
+    watch_launchers(stop)
     keep_freed_memory()
-    ranks = launch.start()
+    ranks = launch.start(timeout_minutes=max(10.0, 2 * run.train.hang_minutes))  # so that the watchdog is first
 
     def say(text: str) -> None:
         if ranks.first:
             print(text, flush=True)
 
     ds.check_device(ranks.device.type)
+    run.check_device(ranks.device.type)
     for notice in ds.notices_on(ranks.device.type):
         say(f"{ds.path}: {notice}")
     kernels = chosen_kernels(run.model, ranks.device, DTYPES[ds.precision])
@@ -62,8 +66,21 @@ def train(args, run, ds) -> None:
         say(f"{part}: {choice}")
     folder = RunFolder(args.run_dir, args.resume, args.init_from)
     on_first_rank(ranks, lambda: folder.open(run, ds, {"command": sys.argv, "kernels": kernels}, say))
-    with folder.kept():
-        finished = TrainingRun(run, ds, folder, ranks, stop).train()
+    watchdog = Watchdog(folder.path, ranks.rank, ranks.world, run.train.hang_minutes)
+    try:
+        with folder.kept():
+            finished = TrainingRun(run, ds, folder, ranks, stop, watchdog).train()
+    except StopRequested:  # while preparing data: the other ranks are told as they are of a failure
+        folder.mark("preempted", folder.newest_step(), stop.reason)
+        first, code = failure.report(ExitCode.FINISHED)
+        if first:
+            print(f"stopped on request ({stop.reason}) before the first step: {folder.path}", flush=True)
+        failure.leave(code)
+    except Exception as error:
+        missing = watchdog.missing() if exit_code_of(error) == ExitCode.COMMUNICATION else ""
+        if missing:
+            raise LostRankError(missing) from error
+        raise
     stop.dismiss()
     say(f"{'finished' if finished else f'stopped on request ({stop.reason}) and saved; run again to continue'}: "
         f"{folder.path}")

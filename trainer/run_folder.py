@@ -2,6 +2,7 @@
 
     config/     run.toml, deepspeed.json (both resolved), environment.json, code.diff
     metrics.jsonl, tb/     checkpoints/step-*     samples/     model/ (once finished)     status.json
+    heartbeats/, logs/ (trainer/watchdog.py)     profile/     stop, save (trainer/signals.py)
 """
 
 from __future__ import annotations
@@ -31,10 +32,11 @@ _REPOSITORY = Path(__file__).resolve().parents[1]
 _LOCK_SECONDS = 60
 _FREE_TO_CHANGE = ("eval.", "sample.", "data.valid", "data.test", "data.cache_dir", "data.prefetch", "train.steps",
                    "train.log_every", "train.eval_every", "train.sample_every", "train.save_every", "train.keep_",
-                   "train.max_minutes", "train.activation_checkpointing", "train.deterministic",
+                   "train.max_minutes", "train.activation_checkpointing", "train.deterministic", "train.async_save",
+                   "train.max_skipped", "train.spike_limit", "train.hang_minutes", "train.profile_",
                    "train.expert_parallel_size")
-"""Keys (by their beginning) that a resumed run may change: they do not alter what a step computes. The number of
-steps stretches the learning rate's schedule, and is said aloud."""
+"""Keys (by their beginning) that a resumed run may change: they do not alter what a step computes, only whether it is
+applied. The number of steps stretches the learning rate's schedule, and is said aloud."""
 
 
 class RunFolder:
@@ -66,7 +68,8 @@ class RunFolder:
             (config / "deepspeed.json").write_text(json.dumps(ds.values, indent=1) + "\n")
             (config / "environment.json").write_text(json.dumps({**facts, **_environment()}, indent=1) + "\n")
             (config / "code.diff").write_text(_git("diff", "HEAD"))
-            (self.path / "status.json").unlink(missing_ok=True)
+            for past in (self.path / "status.json", *(self.path / "heartbeats").glob("rank*.json")):
+                past.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError("--run_dir", f"{self.path} cannot be written: {error.strerror or error}") from error
 
@@ -82,15 +85,21 @@ class RunFolder:
             raise CheckpointError(f"{self.path} cannot be written: {reason}. Make room and start again: the newest "
                                   "whole checkpoint is kept") from error
 
-    def checkpoint(self, say: Callable[[str], None]) -> tuple[Path, dict] | None:
-        """Where to resume from, checked file by file, or None to begin at step 0."""
+    def checkpoint(self, ranks: Ranks, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+        """Where to resume from, checked file by file, or None to begin at step 0. A collective."""
         if self.resume in ("auto", "none"):
-            return checkpoint.find(self.path, say)
+            return checkpoint.find(self.path, ranks, say)
         folder = Path(self.resume).absolute()
-        return folder, checkpoint.check(folder)
+        return folder, checkpoint.check(folder, ranks)
+
+    def newest_step(self) -> int:
+        """Of the newest checkpoint, whole or not; 0 if there is none."""
+        return max((int(path.name.removeprefix("step-")) for path in (self.path / "checkpoints").glob("step-*")),
+                   default=0)
 
     def mark(self, status: str, step: int, reason: str | None) -> None:
-        """Writes status.json, which launchers read: done or preempted."""
+        """Writes status.json, which launchers read: done; preempted (to be started again); or stopped (by the file
+        `stop`, not to be started again by itself)."""
         text = json.dumps({"status": status, "step": step, "reason": reason})
         temporary = self.path / ".status.json"
         temporary.write_text(text + "\n")

@@ -169,6 +169,15 @@ MISTAKES = [
     Mistake("Run configuration", "expert shards that do not divide experts and ranks", "train.expert_parallel_size: is "
             "3, but must divide model.moe.experts = 4 and the number of ranks, …: use …",
             set=("train.expert_parallel_size=3",)),
+    Mistake("Run configuration", "an unknown way of activation checkpointing", "train.activation_checkpointing: is "
+            "'some', must be none, all or every:n with n from 1 to model.layers = 2",
+            set=("train.activation_checkpointing=some",)),
+    Mistake("Run configuration", "steps to profile that are no range", "train.profile_steps: must look like 20-22 "
+            "(first and last step, from 1 on) or be empty, not '5'", set=('train.profile_steps="5"',)),
+    Mistake("Run configuration", "a memory trace without steps", "train.profile_memory: is recorded in the steps of "
+            "train.profile_steps: set these as well", set=("train.profile_memory=true",)),
+    Mistake("Run configuration", "a memory trace on a CPU", "train.profile_memory: records CUDA memory, and this run "
+            "is on a CPU: set it to false", set=("train.profile_memory=true", "train.profile_steps=1-2")),
     # ---- DeepSpeed JSON
     Mistake("DeepSpeed JSON", "no such file", "--ds_config: there is no file none.json; shipped: ds_configs/…",
             arguments=("--ds_config", "none.json"), ranks=BOTH),
@@ -203,6 +212,9 @@ MISTAKES = [
             "(ds.json)", ds={"zero_optimization": {"stage": 4}}),
     Mistake("DeepSpeed JSON", "bf16 and fp16 at once", "fp16: and bf16 are both enabled: keep bf16 (ds.json)",
             ds={"bf16": {"enabled": True}, "fp16": {"enabled": True}}),
+    Mistake("DeepSpeed JSON", "gradients that are not looked at", "bf16.check_grad_overflow: is false, but steps with "
+            "bad gradients are skipped through it: remove it (ds.json)",
+            ds={"bf16": {"enabled": True, "check_grad_overflow": False}}),
     Mistake("DeepSpeed JSON", "offload in stage 3", "zero_optimization.offload_optimizer: is not supported in ZeRO "
             "stage 3 with experts; use stage 2, as in ds_configs/zero2_offload.json (ds.json)",
             ds={"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}),
@@ -306,9 +318,10 @@ MISTAKES = [
             "room and start again: the newest whole checkpoint is kept", 84,
             links={"run/metrics.tmp": "/dev/full"}),
     # ---- while training
-    Mistake("While training", "a learning rate that is far too high", "step …: the loss is not finite. The newest "
-            "checkpoint is from before; resume with a lower optim.lr or a longer optim.warmup_steps", 82,
-            set=("optim.lr=1e30", "train.steps=9"), ranks=BOTH),
+    Mistake("While training", "a learning rate that is far too high", "step …: 3 steps in a row were skipped "
+            "(train.max_skipped); metrics.jsonl says why, as events. Continue with another configuration, such as a "
+            "lower optim.lr: in a new --run_dir, with --resume and a checkpoint's folder", 82,
+            set=("optim.lr=1e30", "train.steps=9", "train.max_skipped=3"), ranks=BOTH),
     Mistake("While training", "a model larger than the memory", "out of memory (…): lower "
             "train_micro_batch_size_per_gpu, raising gradient_accumulation_steps instead, lower data.row_tokens or the "
             "sizes of the model, or set train.activation_checkpointing", 83,
@@ -324,6 +337,8 @@ MISTAKES = [
             "model.moe.balance_weight, or lower model.moe.experts", 0,
             set=("train.steps=12", "optim.lr=0.1", "model.moe.experts=8", "model.moe.top_k=1",
                  "model.moe.balance_weight=0.0")),
+    Mistake("Said, not refused", "a loss that is not finite, once", "step 2: skipped, the loss is not finite (rank…", 0,
+            set=("optim.lr=1e30", "optim.warmup_steps=0", "train.steps=2")),
     Mistake("Said, not refused", "a damaged checkpoint", "passing over a damaged checkpoint: …/step-00000002 has no "
             "readable manifest.json (…): it was never completed", 0, resumes=True,
             files={"run/checkpoints/step-00000002/manifest.json": "{"}),

@@ -116,15 +116,26 @@ def test_cached_sources_equal_computing_them_at_every_step(self_conditioning):
     torch.testing.assert_close(cached, whole, rtol=1e-9, atol=1e-9)
 
 
-def test_recomputing_activations_changes_nothing():
+def test_recomputing_activations_changes_nothing_but_what_is_kept():
     model = small_model(CONFIGS["long_doc"], F64)
-    grads = []
-    for model.denoiser.recompute in (False, True):
+    grads, kept = [], []
+    for recompute in (frozenset(), frozenset({1}), frozenset(range(model.config.layers))):
+        model.denoiser.recompute = recompute
         model.zero_grad()
-        run(model, batch_of([3, 8])).total.backward()
+        kept.append(0)
+
+        def count(tensor):
+            kept[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            total = run(model, batch_of([3, 8])).total
+        total.backward()
         grads.append([p.grad.clone() for p in model.parameters()])
-    for plain, recomputed in zip(*grads, strict=True):
-        torch.testing.assert_close(plain, recomputed, rtol=1e-12, atol=1e-13)
+    for plain, *others in zip(*grads, strict=True):
+        for recomputed in others:
+            torch.testing.assert_close(plain, recomputed, rtol=1e-12, atol=1e-13)
+    assert kept[0] > kept[1] > kept[2]
 
 
 def test_untrained_model_predicts_the_context_free_posterior():

@@ -8,7 +8,8 @@ import sys
 import pytest
 import torch
 
-from trainer.signals import HANDLED, StopRequest
+from trainer import signals
+from trainer.signals import HANDLED, StopRequest, StopRequested
 
 
 @pytest.fixture
@@ -62,3 +63,29 @@ def test_after_the_run_repeated_requests_do_not_kill_the_process_that_ends():
         time.sleep(0.2)
         """
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+def test_work_that_may_be_interrupted_anywhere_is_left_at_once(handlers):
+    stop = StopRequest()
+    stop.install()
+    with pytest.raises(StopRequested), stop.at_once():
+        try:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        except Exception:
+            pytest.fail("taken for an error")
+    os.kill(os.getpid(), signal.SIGUSR1)
+    assert stop.reason == "SIGUSR1"
+    with pytest.raises(StopRequested), stop.at_once():
+        pytest.fail("begun although there was a request")
+
+
+def test_files_ask_to_stop_and_to_save(tmp_path, monkeypatch):
+    monkeypatch.setattr(signals, "_LOOK_EVERY", 0.0)
+    stop = StopRequest()
+    stop.watch_folder(tmp_path)
+    assert not stop.wanted and not stop.take_save()
+    (tmp_path / "save").touch()
+    assert stop.take_save() and not stop.take_save() and not stop.wanted
+    (tmp_path / "stop").touch()
+    assert stop.wanted and stop.by_file and not list(tmp_path.iterdir())
+    other = StopRequest()
+    other.ask("SIGTERM")
+    assert not other.by_file

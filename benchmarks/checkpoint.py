@@ -1,0 +1,102 @@
+"""How long a checkpoint of about 1 GB holds training up: written while training waits, and while it goes on.
+
+    python benchmarks/checkpoint.py [--gigabytes 1] [--folder FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from model.diffusion_lm import DiffusionLM
+from trainer import launch
+from trainer.checkpoint import Saver
+from trainer.config_load import load
+from trainer.dry_run import longest_document
+from trainer.ds_config import SHIPPED, load_ds_config
+from trainer.engine import Engine
+from trainer.randomness import training_draw
+
+_BYTES_PER_PARAMETER = 20  # fp32: the weights twice, Adam's moments, the average
+_SAVES = 4
+
+
+class Trained:
+    """An engine whose state takes about so many bytes, and a step to train it."""
+
+    def __init__(self, size: float, ranks: launch.Ranks):
+        small = load("tiny", overrides=["data.vocab_size=512", "model.moe.ffn=8"])
+        per_ffn = 3 * small.model.width * small.model.moe.experts * small.model.layers
+        ffn = int(size / _BYTES_PER_PARAMETER / per_ffn) // 8 * 8
+        self.run = replace(small, model=replace(small.model, vocab_size=512, moe=replace(small.model.moe, ffn=ffn)))
+        ds = load_ds_config(SHIPPED / ("cpu_zero2.json" if ranks.device.type == "cpu" else "zero2.json"))
+        model = DiffusionLM(self.run.model)
+        model.init_weights(0)
+        self.engine, self.accumulation = Engine(model, self.run, ds, ranks), ds.accumulation
+        self.device = ranks.device
+
+    def step(self) -> None:
+        """One training step on the shortest useful batch; the time it takes is mostly the optimizer's."""
+        batch = longest_document(self.run)
+        for index in range(self.accumulation):
+            model = self.engine.model
+            plan = model.prepare(batch, device=self.device, dtype=self.engine.dtype).to(self.device)
+            draw = training_draw(batch, self.run.model, 0, 0).to(self.device)
+            report = self.engine.forward(batch.to(self.device), plan, draw, 100.0, 100.0)
+            self.engine.backward(report)
+            self.engine.accumulate(last=index == self.accumulation - 1)
+        self.engine.update(0)
+
+
+def seconds(action) -> float:
+    began = time.perf_counter()
+    action()
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the state (default: 1)")
+    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    args = parser.parse_args()
+    ranks = launch.start()
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        trained = Trained(1e9 * args.gigabytes, ranks)
+        trained.step()  # makes Adam's moments
+        saver = Saver(Path(folder), ranks, keep_last=1, keep_every=0)
+        steps = iter(range(1, 100))
+        alone = min(seconds(trained.step) for _ in range(3))
+
+        def save(copies: bool) -> tuple[float, float, list[float]]:
+            """(seconds until training may go on, until the checkpoint is there, of each step meanwhile)."""
+            began = time.perf_counter()
+            saver.start(next(steps), {}, trained.engine.state_files(copies))
+            if not copies:
+                saver.wait()
+            stall, meanwhile = time.perf_counter() - began, []
+            while saver.finished() is None and copies:
+                meanwhile.append(seconds(trained.step))
+            return stall, time.perf_counter() - began, meanwhile
+
+        waiting = [save(copies=False)[0] for _ in range(_SAVES)]
+        written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
+        first, *later = [save(copies=True) for _ in range(_SAVES)]
+        waited, stall = sorted(waiting)[_SAVES // 2], sorted(each[0] for each in later)[len(later) // 2]
+        meanwhile = [step for each in later for step in each[2]]
+        print(f"state on the disk                       {written / 1e9:8.2f} GB")
+        print(f"training waits, synchronous save        {waited:8.2f} s")
+        print(f"training waits, first save in background{first[0]:8.2f} s   {first[0] / waited:6.1%} of the above")
+        print(f"training waits, later saves             {stall:8.2f} s   {stall / waited:6.1%}")
+        print(f"checkpoint is there after               {later[-1][1]:8.2f} s")
+        print(f"a step, without and with a save         {alone:8.2f} s   {sum(meanwhile) / len(meanwhile):.2f} s")
+    launch.stop()
+
+
+if __name__ == "__main__":
+    main()

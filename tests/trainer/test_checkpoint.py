@@ -1,0 +1,196 @@
+"""Checkpoints: whole or not there, whatever the disk, the user or a SIGKILL does meanwhile."""
+
+import contextlib
+import errno
+import itertools
+import json
+import os
+import random
+import shutil
+from collections import OrderedDict
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.trainer.faults import PHASES, FullDisk, KillWhileSaving, SlowDisk
+from tests.trainer.launching import lines
+from tests.trainer.workplace import STEPS, WORLD, Workplace
+from trainer import checkpoint
+from trainer.errors import CheckpointError
+from trainer.metrics import MetricsLog
+from trainer.snapshot import HostCopies
+
+
+@pytest.fixture(scope="module")
+def place(launcher, tmp_path_factory):
+    return Workplace(launcher, tmp_path_factory.mktemp("checkpoints"))
+
+
+def test_copies_outlive_training_and_reuse_their_memory():
+    weights, shared = torch.arange(6.0), torch.ones(3)
+    state = {"module": OrderedDict(a=weights.view(2, 3), b=weights[1:4]), "list": [shared, (shared, "text")],
+             "scaler": SimpleNamespace(scale=2.0)}
+    copies = HostCopies()
+    first = copies.take("file", state)
+    weights.zero_()
+    state["scaler"].scale = 1.0
+    assert first["module"]["a"].tolist() == [[0, 1, 2], [3, 4, 5]] and first["module"]["b"].tolist() == [1, 2, 3]
+    assert type(first["module"]) is OrderedDict and first["scaler"].scale == 2.0
+    assert first["list"][0] is first["list"][1][0] and first["list"][1][1] == "text"
+    places = [first["module"]["a"].data_ptr(), first["module"]["b"].data_ptr()]
+    state["list"] = torch.zeros(7)
+    second = copies.take("file", state)
+    assert [second["module"][name].data_ptr() for name in "ab"] == places and second["list"].shape == (7,)
+    assert second["module"]["a"].sum() == 0
+
+
+def test_every_damage_is_noticed(place, tmp_path):
+    """Each file of a checkpoint, its manifest included: cut short, emptied, gone, and with one bit turned anywhere."""
+    whole = place.folder / "whole" / "checkpoints" / f"step-{STEPS:08d}"
+    checkpoint.check(whole)
+    rng = random.Random(0)
+    files = sorted(path.relative_to(whole) for path in whole.rglob("*") if path.is_file())
+    assert len(files) == 1 + 2 * WORLD + 1  # manifest, ZeRO's shard and the averages of each rank, the model
+    for number, (name, damage) in enumerate(itertools.product(files, ("cut", "empty", "gone", *range(6)))):
+        folder = tmp_path / str(number)
+        shutil.copytree(whole, folder)
+        content = bytearray((folder / name).read_bytes())
+        if damage == "gone":
+            (folder / name).unlink()
+        elif isinstance(damage, str):
+            (folder / name).write_bytes(content[:len(content) // 2 if damage == "cut" else 0])
+        else:
+            content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+            (folder / name).write_bytes(content)
+        with pytest.raises(CheckpointError):
+            checkpoint.check(folder)
+        shutil.rmtree(folder)
+
+
+def test_a_full_disk_costs_one_checkpoint(place):
+    codes, printed = place.run("full", FullDisk(rank=1, steps=(6,)), save_every=3, keep_last=1)
+    assert codes == [0, 0], printed
+    assert "warning: no checkpoint of step 6: rank 1: No space left on device. The checkpoints before" in printed
+    events = [(line["step"], line["event"]) for line in lines(place.folder / "full", "event")]
+    assert [each for each in events if "saved" in each[1]] == [
+        (3, "saved"), (6, "not saved"), (9, "saved"), (10, "saved")]
+    assert place.checkpoints("full") == [10]  # nothing is left of the one that failed
+    assert place.weights("full") == place.weights("whole")
+
+
+@pytest.mark.slow
+def test_no_room_at_the_end_is_an_error(place):
+    codes, printed = place.run("full at the end", FullDisk(rank=0, steps=(STEPS,)), save_every=4)
+    assert codes == [84, 84], printed
+    assert "cannot be written: rank 0: No space left on device. Make room and start again" in printed
+    assert place.checkpoints("full at the end") == [4, 8]
+    codes, printed = place.run("full at the end", save_every=4)
+    assert codes == [0, 0] and "step-00000008" in printed
+    assert place.weights("full at the end") == place.weights("whole")
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(place):
+    """What is saved is the state at its step, though the weights have moved on before it is written."""
+    codes, printed = place.run("slow", SlowDisk(2.0), save_every=5, keep_last=0)
+    assert codes == [0, 0], printed
+    records = [json.loads(line) for line in (place.folder / "slow" / "metrics.jsonl").read_text().splitlines()]
+    order = [(record["step"], record.get("event", record["kind"])) for record in records]
+    assert order.index((5, "saving")) < order.index((6, "train")) < order.index((5, "saved"))
+    shutil.rmtree(place.folder / "slow" / "checkpoints" / f"step-{STEPS:08d}")
+    codes, printed = place.run("slow", save_every=5, keep_last=0)
+    assert codes == [0, 0] and "step-00000005" in printed
+    assert place.weights("slow") == place.weights("whole")
+
+
+def test_a_continuation_removes_the_checkpoints_it_passed_over(place):
+    place.run("branch", save_every=2, keep_last=0)
+    assert place.checkpoints("branch") == [2, 4, 6, 8, 10]
+    for step in (8, 10):
+        (place.folder / "branch" / "checkpoints" / f"step-{step:08d}" / "manifest.json").write_text("{}")
+    codes, printed = place.run("branch", save_every=2, keep_last=0, steps=7)
+    assert codes == [0, 0] and "the next save removes step-00000010, step-00000008" in printed
+    assert place.checkpoints("branch") == [2, 4, 6, 7]
+
+
+def kill_again_and_again(place, name, kills, steps):
+    """Starts `name` over and over, killed in each phase `kills` times, then lets it finish."""
+    run_dir, rng = place.folder / name, random.Random(1)
+    plan = [phase for phase in PHASES for _ in range(kills)]
+    rng.shuffle(plan)
+    reached = 0
+    for phase in plan:
+        fault = KillWhileSaving(phase, number=rng.randrange(2), rank=rng.randrange(WORLD) if phase in PHASES[:2] else 0,
+                                everyone=rng.random() < 0.5, late=rng.random() < 0.5, run_dir=run_dir)
+        codes, printed = place.run(name, fault, save_every=1, keep_last=2, steps=steps)
+        assert -9 in codes, (fault, codes, printed)
+        if reached:
+            assert "resumed from" in printed, (fault, printed)
+        whole = []
+        for folder in (run_dir / "checkpoints").glob("step-*"):
+            with contextlib.suppress(CheckpointError):  # one that was being removed
+                whole.append(checkpoint.check(folder)["step"])
+        if whole:
+            assert max(whole) >= reached
+            reached = max(whole)
+    assert 0 < reached < steps
+    codes, printed = place.run(name, save_every=1, keep_last=2, steps=steps)
+    assert codes == [0] * WORLD and "resumed from" in printed
+    assert len(place.checkpoints(name)) == 2
+
+
+def test_killed_once_in_every_phase_of_a_save(place):
+    kill_again_and_again(place, "killed", kills=1, steps=STEPS)
+    assert place.weights("killed") == place.weights("whole")
+
+
+@pytest.mark.slow
+def test_killed_many_times_in_every_phase_of_a_save(place):
+    steps = 120  # more than are done between the kills
+    codes, printed = place.run("long", steps=steps)
+    assert codes == [0, 0], printed
+    kill_again_and_again(place, "killed often", kills=8, steps=steps)
+    assert place.weights("killed often") == place.weights("long")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world, stage", [(1, 2), (2, 1), (2, 3), (4, 1), (4, 2), (4, 3)])
+def test_resumed_at_every_kind_of_boundary(place, world, stage):
+    """Stopped before and after evaluation and samples, in the middle and at the end of an epoch: the same bits."""
+    interludes = {"eval_every": 4, "sample_every": 6, "log_every": 1, "keep_last": 0}
+    name = f"unbroken {world} {stage}"
+    codes, printed = place.run(name, stage=stage, world=world, steps=12, **interludes)
+    assert codes == [0] * world, printed
+    broken = f"broken {world} {stage}"
+    for steps in (1, 3, 4, 6, 11, 12):
+        codes, printed = place.run(broken, stage=stage, world=world, steps=steps, **interludes)
+        assert codes == [0] * world, printed
+        assert steps == 1 or "resumed from" in printed
+    assert place.weights(broken) == place.weights(name)
+    same = ("loss", "cross_entropy", "gradient_norm", "epoch")
+    for one, other in zip(lines(place.folder / name), lines(place.folder / broken), strict=True):
+        assert [one[key] for key in same] == [other[key] for key in same], one["step"]
+    sample = "samples/step-00000006.jsonl"
+    assert (place.folder / name / sample).read_text() == (place.folder / broken / sample).read_text()
+    one, other = (checkpoint.check(place.folder / each / "checkpoints" / "step-00000012") for each in (name, broken))
+    assert one["guard"] == other["guard"] and len(one["guard"]["losses"]) == 12
+
+
+def test_a_full_disk_delays_metrics(tmp_path, monkeypatch):
+    write, room = os.write, [10]
+
+    def limited(file, data):
+        if room[0] == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        taken = write(file, data[:room[0]])
+        room[0] -= taken
+        return taken
+
+    log = MetricsLog(tmp_path, 0, active=True)
+    monkeypatch.setattr(os, "write", limited)
+    log.write("event", 1, {"event": "first"})
+    assert (tmp_path / "metrics.jsonl").stat().st_size == 10
+    room[0] = 10_000
+    log.write("event", 2, {"event": "second"})
+    log.close()
+    assert [line["event"] for line in lines(tmp_path, "event")] == ["first", "second"]

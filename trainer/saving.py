@@ -1,0 +1,69 @@
+"""When a run saves, and what its user is told of it; how a checkpoint is written is `trainer/checkpoint.py`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from trainer.checkpoint import SaveOutcome, Saver
+from trainer.errors import CheckpointError
+from trainer.metrics import MetricsLog
+from trainer.snapshot import Files
+from trainer.watchdog import Watchdog
+
+
+class Saving:
+    """The saves of one run. All methods but `note` are collectives.
+
+    state: this rank's files, as copies if its argument is true. saved_at: the step of the newest checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, saver: Saver, state: Callable[[bool], Files], in_background: bool, saved_at: int,
+                 log: MetricsLog, say: Callable[[str], None], watchdog: Watchdog):
+        self._run_dir, self._saver, self._state, self._in_background = run_dir, saver, state, in_background
+        self._log, self._say, self._watchdog = log, say, watchdog
+        self._saved_at = saved_at
+        self._problem: str | None = None
+
+    def begin(self, step: int, facts: dict) -> None:
+        """Begins a checkpoint of this step, which is written while training goes on. An earlier one is waited for."""
+        began = time.perf_counter()
+        self._watchdog.beat("save", step)
+        self._wait()
+        self._saver.start(step, facts, self._state(self._in_background))
+        if not self._in_background:
+            self._wait()
+        stall = time.perf_counter() - began
+        self._log.write("event", step, {"event": "saving", "stall_seconds": round(stall, 3)})
+
+    def note(self) -> None:
+        """Tells the user of a save that has ended meanwhile. To be called once a step."""
+        self._tell(self._saver.finished())
+
+    def settle(self, step: int, facts: dict) -> None:
+        """Waits until this step is saved; CheckpointError if it cannot be."""
+        self._watchdog.beat("save", step)
+        self._wait()
+        if self._saved_at < step:
+            self.begin(step, facts)
+            self._wait()
+        if self._saved_at < step:
+            raise CheckpointError(f"{self._run_dir} cannot be written: {self._problem}. Make room and start again: the "
+                                  "newest whole checkpoint is kept")
+
+    def _wait(self) -> None:
+        self._tell(self._saver.wait(self._watchdog.alive))
+
+    def _tell(self, outcome: SaveOutcome | None) -> None:
+        if outcome is None:
+            return
+        event = {"path": str(outcome.path), "save_seconds": round(outcome.seconds, 3)}
+        self._problem = outcome.problem
+        if outcome.problem is None:
+            self._saved_at = outcome.step
+            self._log.write("event", outcome.step, {"event": "saved", **event})
+        else:
+            self._log.write("event", outcome.step, {"event": "not saved", "problem": outcome.problem, **event})
+            self._say(f"warning: no checkpoint of step {outcome.step}: {outcome.problem}. The checkpoints before it "
+                      "are kept, and the next save tries again")

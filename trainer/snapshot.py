@@ -1,0 +1,79 @@
+"""A copy of the training state in host memory, taken while the state stands still, to be written while it moves on."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import torch
+from deepspeed.runtime.checkpoint_engine.checkpoint_engine import CheckpointCommitInfo, CheckpointEngine
+
+Files = dict[str, object]
+"""What `torch.save` is to write: path inside the checkpoint's folder -> state."""
+
+
+class HostCopies:
+    """Copies of states on the host. Their memory (pinned where the state is on a GPU) is kept from save to save: to
+    allocate it anew costs more than the copying."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, list[torch.Tensor]] = {}
+
+    def take(self, name: str, state: object) -> object:
+        """A copy of `state` that no later training step changes. It lasts until the next call with this name."""
+        held, used, done = iter(self._held.get(name, [])), [], {}
+
+        def copied(item: object) -> object:
+            if isinstance(item, torch.Tensor):
+                key = (item.data_ptr(), item.shape, item.stride(), item.dtype, item.device)
+                if key not in done:
+                    place = next(held, None)
+                    if place is None or place.shape != item.shape or place.dtype != item.dtype:
+                        place = torch.empty(item.shape, dtype=item.dtype, pin_memory=item.is_cuda)
+                    used.append(place)
+                    done[key] = place.copy_(item.detach(), non_blocking=True)
+                return done[key]
+            if isinstance(item, dict):
+                return type(item)((key, copied(value)) for key, value in item.items())
+            if type(item) in (list, tuple):
+                return type(item)(map(copied, item))
+            return copy.deepcopy(item)
+
+        result = copied(state)
+        self._held[name] = used
+        return result
+
+    @staticmethod
+    def finish() -> None:
+        """Waits until the device has delivered all copies."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+class RecordingEngine(CheckpointEngine):
+    """DeepSpeed's way of writing a checkpoint that writes nothing: keeps what it is given, as `files`."""
+
+    def __init__(self, folder: Path, copies: HostCopies | None):
+        super().__init__()
+        self.files: Files = {}
+        self._folder, self._copies = folder, copies
+
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        """Folders are made when the files are written."""
+
+    def create(self, info: CheckpointCommitInfo) -> None:
+        """Nothing to announce."""
+
+    def save(self, state_dict: object, path: str) -> None:
+        name = str(Path(path).relative_to(self._folder))
+        self.files[name] = state_dict if self._copies is None else self._copies.take(name, state_dict)
+
+    def load(self, path: str, map_location: object = None) -> object:
+        raise NotImplementedError("only for saving")
+
+    def commit(self, info: CheckpointCommitInfo) -> bool:
+        return True
+
+    def preserves_storage_sharing(self) -> bool:
+        # Then DeepSpeed clones every expert beforehand: without a copy, each one's file would hold all of its layer.
+        return self._copies is None
