@@ -9,6 +9,7 @@ import torch
 
 from model.batch import PackedBatch
 from model.diffusion_lm import LossReport
+from model.moe.parallel import ExpertGroup
 from model.moe.router import MoEAux
 from trainer.expert_use import STARVING_LINES, ExpertUse, StarvationWatch, warning
 from trainer.metrics import StepMetrics
@@ -49,10 +50,10 @@ def one_rank():
 
 
 def test_a_line_of_metrics_counts_every_token_once(one_rank):
-    metrics = StepMetrics(SCHEDULE, LAYERS, EXPERTS, torch.device("cpu"), None)
+    metrics = StepMetrics(SCHEDULE, LAYERS, EXPERTS, torch.device("cpu"), None, ExpertGroup(1, 0))
     batches = [micro_batch(seed) for seed in range(3)]
     for report, batch in batches:
-        metrics.add(report, batch, 1)
+        metrics.add(report, batch, 1, 0)
     tokens = len(batches) * sum(LENGTHS)
     metrics.count(trained_tokens=36, tokens=tokens)
     line = metrics.reduce()
@@ -94,12 +95,12 @@ def test_counts_stay_exact_where_fp32_would_round():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_is_never_waited_for():
-    metrics = StepMetrics(SCHEDULE, LAYERS, EXPERTS, torch.device("cuda"), None)
+    metrics = StepMetrics(SCHEDULE, LAYERS, EXPERTS, torch.device("cuda"), None, ExpertGroup(1, 0))
     report, batch = micro_batch(0, "cuda")
-    metrics.add(report, batch, 1)
+    metrics.add(report, batch, 1, 0)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        metrics.add(report, batch, 1)
+        metrics.add(report, batch, 1, 0)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
