@@ -71,8 +71,8 @@ def _state(run: Run) -> str:
     status, reason = run.status.get("status"), run.status.get("reason")
     if status is None:
         return "still running, or ended by force"
-    return {"done": "finished", "preempted": "stopped on request and saved"}.get(status, status) + (
-        f" ({reason})" if reason else "")
+    said = {"done": "finished", "preempted": "stopped on request and saved", "stopped": "stopped by its user and saved"}
+    return said.get(status, status) + (f" ({reason})" if reason else "")
 
 
 def _precision(deepspeed: dict) -> str:
