@@ -24,7 +24,9 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder, self.data = folder, folder / "data"
         self.data.mkdir()
-        self._server = subprocess.Popen([str(SCRIPT), str(folder), "up"], stdout=subprocess.PIPE, text=True)
+        # Ended with this process, however that ends.
+        self._server = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", str(SCRIPT), str(folder), "up"],
+                                        stdout=subprocess.PIPE, text=True)
         if self._server.stdout.readline().strip() != "ready":
             self._server.wait()
             raise RuntimeError("the test cluster does not come up; what its daemons said stands above")
