@@ -154,7 +154,7 @@ probe() { # probe NAME SECONDS SRUN-ARGUMENTS...: every node, then who is bad
 # ---- the job
 main() {
     check_settings
-    mkdir -p "$logs/flight" "$logs/preflight" .cache/jobs
+    mkdir -p "$logs/flight" "$logs/preflight" .cache/jobs || end 84 "$run_dir cannot be written: give another --run_dir"
     ln -sfn "$logs" ".cache/jobs/$job" # for slurm/status.sh
     export TORCH_FR_DUMP_TEMP_FILE=$logs/flight/rank_
     . slurm/lib/env.sh
