@@ -77,12 +77,16 @@ wait_for() { # wait_for PID: its exit code; a trapped signal only interrupts the
 }
 
 # ---- queue again
-requeue() { # requeue CODE [EXCLUDED NODES]: CODE is that of a link of a chain, which ends instead
-    local excluded
-    excluded=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
-    excluded=$(printf '%s\n' "${excluded#(null)}" "${2:-}" | sed '/^$/d' | paste -sd,)
+excluded_with() { # excluded_with NODE,...: these nodes, and those that the job excludes already
+    local now
+    now=$(scontrol -o show job "$SLURM_JOB_ID" | sed -n 's/.* ExcNodeList=\([^ ]*\).*/\1/p')
+    printf '%s\n' "${now#(null)}" "$1" | sed '/^$/d' | paste -sd,
+}
+requeue() { # requeue CODE [BAD,...]: without these nodes. CODE is that of a link of a chain, which ends instead
+    local excluded=''
+    [ -z "${2:-}" ] || excluded=ExcNodeList=$(excluded_with "$2")
     if [ -n "$chain" ]; then
-        [ -z "${2:-}" ] || scontrol update "JobId=$job" "ExcNodeList=$excluded" || true
+        [ -z "$excluded" ] || scontrol update "JobId=$job" "$excluded" || true
         say "the next link of the chain continues"
         exit "$1"
     fi
@@ -90,14 +94,14 @@ requeue() { # requeue CODE [EXCLUDED NODES]: CODE is that of a link of a chain, 
     if ! scontrol requeue "$SLURM_JOB_ID"; then
         end 75 "this cluster forbids to queue the job again: submit it again, or as a chain (docs/cluster.md)"
     fi
-    [ -z "${2:-}" ] || scontrol update "JobId=$SLURM_JOB_ID" "ExcNodeList=$excluded"
+    [ -z "$excluded" ] || scontrol update "JobId=$SLURM_JOB_ID" "$excluded"
     trap - TERM
     sleep 600 # SLURM ends this script
     exit 75
 }
 other_nodes() { # other_nodes BAD,...: whether the partition has enough nodes without them
     local usable excluded
-    excluded=$(scontrol show hostnames "$1")
+    excluded=$(scontrol show hostnames "$(excluded_with "$1")")
     usable=$(sinfo --noheader --Node --partition="$SLURM_JOB_PARTITION" --states=idle,alloc,mix,comp --format=%N | sort -u |
         grep -c -v -x -F "$excluded" || true)
     [ "$usable" -ge "$SLURM_JOB_NUM_NODES" ]
@@ -107,6 +111,8 @@ other_nodes() { # other_nodes BAD,...: whether the partition has enough nodes wi
 check_settings() {
     case $preflight in full | nodes) ;; *) end 80 "PREFLIGHT is '$preflight', must be full or nodes" ;; esac
     case $retry in yes | no) ;; *) end 80 "RETRY_FAILURES is '$retry', must be yes or no" ;; esac
+    [[ $idle_starts =~ ^[1-9][0-9]*$ ]] || end 80 "MAX_IDLE_STARTS is '$idle_starts', must be a number from 1 on"
+    [[ $probe_seconds =~ ^[1-9][0-9]*$ ]] || end 80 "PREFLIGHT_SECONDS is '$probe_seconds', must be whole seconds"
     if [ -n "$chain" ] && ! scontrol show job "$SLURM_JOB_ID" | grep -q -w 'ArrayTaskThrottle=1'; then
         end 80 "a chain is an array of which one job runs at a time: sbatch --array=1-10%1 ..."
     fi
@@ -148,7 +154,7 @@ probe() { # probe NAME SECONDS SRUN-ARGUMENTS...: every node, then who is bad
 # ---- the job
 main() {
     check_settings
-    mkdir -p "$logs/flight" "$logs/preflight" .cache/jobs
+    mkdir -p "$logs/flight" "$logs/preflight" .cache/jobs || end 84 "$run_dir cannot be written: give another --run_dir"
     ln -sfn "$logs" ".cache/jobs/$job" # for slurm/status.sh
     export TORCH_FR_DUMP_TEMP_FILE=$logs/flight/rank_
     . slurm/lib/env.sh

@@ -24,7 +24,9 @@ class Cluster:
     def __init__(self, folder: Path):
         self.folder, self.data = folder, folder / "data"
         self.data.mkdir()
-        self._server = subprocess.Popen([str(SCRIPT), str(folder), "up"], stdout=subprocess.PIPE, text=True)
+        # Ended with this process, however that ends.
+        self._server = subprocess.Popen(["setpriv", "--pdeathsig", "TERM", str(SCRIPT), str(folder), "up"],
+                                        stdout=subprocess.PIPE, text=True)
         if self._server.stdout.readline().strip() != "ready":
             self._server.wait()
             raise RuntimeError("the test cluster does not come up; what its daemons said stands above")
@@ -91,7 +93,7 @@ class Job:
             assert self.state not in STATES_OF_ENDED_JOBS, f"{what}: the job ended before\n{self.describe()}"
             time.sleep(0.3)
 
-    def end(self, seconds: float = 240) -> str:
+    def end(self, seconds: float = 480) -> str:
         """Waits for the job's last attempt; its state."""
         deadline = time.monotonic() + seconds
         while (state := self.state) not in STATES_OF_ENDED_JOBS:
@@ -99,7 +101,7 @@ class Job:
             time.sleep(0.3)
         return state
 
-    def completed(self, seconds: float = 240) -> None:
+    def completed(self, seconds: float = 480) -> None:
         state = self.end(seconds)
         assert state == "COMPLETED", self.describe()
 
@@ -112,7 +114,7 @@ class Job:
         path = self.run_dir / "metrics.jsonl"
         return path.read_text().count('{"kind": "train"') if path.exists() else 0
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = 240) -> None:
         self.wait(lambda: self.steps() >= step, seconds, f"step {step}")
 
     def status(self) -> str:

@@ -138,11 +138,11 @@ def test_without_a_spare_the_job_names_the_bad_node_and_ends(cluster, workplace)
     folder, ds, settings = workplace
     cluster.do("gpus", 7, 6)
     try:
-        job = cluster.submit(folder / "no_spare", ds, settings, sbatch=("--nodes=9",))
+        job = cluster.submit(folder / "no_spare", ds, settings, sbatch=("--exclude=node9",))
         assert job.end(60) == "FAILED" and job.facts["ExitCode"] == "92:0"
     finally:
         cluster.do("gpus", 7, 8)
-    assert "bad node node7: 6 of 8 GPUs" in job.printed and "no 9 nodes without node7" in job.printed
+    assert "bad node node7: 6 of 8 GPUs" in job.printed and "no 8 nodes without node7" in job.printed
 
 
 def test_missing_data_is_nobodys_node(cluster, workplace):

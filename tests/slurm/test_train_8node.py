@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -148,9 +149,15 @@ def test_losses_equal_those_of_deepspeed_on_one_machine(whole, workplace, powere
     folder, ds, settings = workplace
     command = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", "8", "--master_port", "29611",
                "trainer/run.py", *command_line(ds, folder / "deepspeed", settings)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300,
-                          env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout + done.stderr
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                               env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+                               start_new_session=True)
+    try:
+        printed = process.communicate(timeout=400)[0]
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, printed
     expected, found = lines(folder / "deepspeed"), lines(whole.run_dir)
     assert len(expected) == len(found) == STEPS
     for one, other in zip(expected, found, strict=True):

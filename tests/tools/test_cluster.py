@@ -2,12 +2,15 @@
 
 import json
 import threading
+from dataclasses import asdict
 
 import pytest
 
+from tools.cluster import node_probe
 from tools.cluster.judge import STAGES, judge_nodes, judge_ranks
 from tools.cluster.node_probe import Mesh
 from tools.cluster.progress import ending, first_failure, status
+from trainer.data.config import DataConfig
 from trainer.errors import ExitCode
 
 NODES = ["a", "b", "c", "d"]
@@ -70,6 +73,53 @@ def test_the_node_whose_rank_falls_behind_is_bad():
     assert judge_ranks(PLAN, broken) == {"c": [("collectives", "does not come through device (rank 5: no GPU)")]}
     stuck = [*good, *passed("c", 5, 3)]  # all ranks in the same collective: no node alone is to blame
     assert judge_ranks(PLAN, stuck).keys() == set(NODES)
+
+
+@pytest.fixture
+def node(tmp_path, monkeypatch):
+    """(plan, program): a node on which all is well, with two GPUs that the program `nvidia-smi` shows."""
+    for path in ("run/logs", "bin"):
+        (tmp_path / path).mkdir(parents=True)
+    (tmp_path / "train.jsonl").write_text('{"src": "a", "trg": "b"}\n')
+    program = tmp_path / "bin" / "nvidia-smi"
+    show_gpus(program, "0, H100, 570.00, 0, 4", "1, H100, 570.00, [N/A], 4")
+    monkeypatch.setenv("PATH", str(program.parent))
+    monkeypatch.setattr(node_probe, "_SHARED_MEMORY_BYTES", 0)
+    data = asdict(DataConfig(train=str(tmp_path / "train.jsonl"), valid=""))
+    return {"run_dir": str(tmp_path / "run"), "data": data, "gpus": 2, "nodes": ["localhost"], "disk_bytes": 1}, program
+
+
+def show_gpus(program, *lines: str) -> None:
+    program.write_text("#!/bin/sh\n" + "".join(f"echo '{line}'\n" for line in lines))
+    program.chmod(0o755)
+
+
+def texts(plan: dict) -> list[str]:
+    return [text for _, text in node_probe.problems(plan, "a")]
+
+
+def test_a_good_node_has_no_problems(node):
+    assert texts(node[0]) == [] and node_probe.facts()["GPUs"] == "H100, driver 570.00"
+
+
+def test_problems_of_gpus(node):
+    plan, program = node
+    show_gpus(program, "0, H100, 570.00, 3, 40000")
+    assert texts(plan) == ["1 of 2 GPUs", "GPU 0 has 3 uncorrected memory errors",
+                           "40000 MiB of GPU 0 are in use by another process"]
+    program.unlink()
+    assert texts(plan) == ["0 of 2 GPUs"]
+
+
+def test_problems_of_files_and_names(node, monkeypatch):
+    plan, _ = node
+    assert "two checkpoints take" in texts({**plan, "disk_bytes": 1e18})[0]
+    assert "must be on a shared disk" in texts({**plan, "run_dir": "/nowhere"})[0]
+    assert texts({**plan, "data": {**plan["data"], "train": "/nowhere.jsonl"}}) == [
+        "data.train: /nowhere.jsonl: no such file or folder"]
+    assert texts({**plan, "nodes": ["no-such-node.invalid"]})[0].startswith("cannot resolve no-such-node.invalid")
+    monkeypatch.setattr(node_probe, "_SHARED_MEMORY_BYTES", 1e18)
+    assert texts(plan)[0].startswith("/dev/shm has only")
 
 
 def test_nodes_greet_each_other_within_bounds():

@@ -22,6 +22,7 @@ from model.diffusion_lm import DiffusionLM
 from tools.command import run as run_tool
 from trainer.command_line import parse
 from trainer.dry_run import describe_run
+from trainer.topology import check_topology
 
 _BYTES_A_PARAMETER = 16
 """Of a checkpoint: the weight, Adam's two moments and the averaged weight, in fp32."""
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("arguments", nargs="+", help="the training's own")
     args = parser.parse_args()
     training, run, ds = parse(args.arguments)
+    check_topology(run, ds, world=args.ranks)
     print(describe_run(run, ds, world=args.ranks))
     with torch.device("meta"):
         network = DiffusionLM(replace(run.model, vocab_size=run.model.vocab_size or run.data.vocab_size))

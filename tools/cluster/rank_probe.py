@@ -27,7 +27,6 @@ from trainer.launch import map_environment
 
 STAGES = ("device", "store", "group", "all_reduce", "all_to_all")
 _ELEMENTS = 1 << 20
-_SIDE = 2048
 
 
 @contextmanager
@@ -54,8 +53,9 @@ def working_device(local_rank: int, gpus: int) -> torch.device:
                            "export DS_ACCELERATOR=cpu")
     else:
         device = torch.device("cpu")
-    ones = torch.ones(_SIDE, _SIDE, device=device)
-    if not bool((ones @ ones == _SIDE).all()):
+    side = 8192 if device.type == "cuda" else 256
+    ones = torch.ones(side, side, device=device)
+    if not bool((ones @ ones == side).all()):
         raise RuntimeError("a product of matrices came out wrong")
     return device
 
