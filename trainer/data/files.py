@@ -26,11 +26,14 @@ def locked(path: Path) -> Iterator[bool]:
             yield True
 
 
-def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None]) -> bool:
+def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None], *,
+               resumable: bool = False) -> bool:
     """Makes `final` (a file or a folder) by `build(temporary path)` and a rename, unless it is there, whole.
 
     Safe to interrupt at any point, and safe when several processes ask at once: one builds, the others wait
-    for it. What an interrupted build left on this host is removed. Returns whether this call built it.
+    for it. What an interrupted build left on this host is removed; or, with `resumable`, given to the next build, which
+    must put files into it whole, and the same ones each time: without common locks two hosts may do it at once. A
+    build that fails, other than for want of disk space, leaves nothing. Returns whether this call built it.
     """
     if is_whole(final):
         return False
@@ -41,12 +44,18 @@ def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[P
         if alone:
             for leftover in final.parent.glob(f"{prefix}*"):
                 _remove(leftover)
-        temporary = final.with_name(prefix + uuid.uuid4().hex[:12])
+        resumable = resumable and alone
+        temporary = final.with_name(f"{final.name}.partial" if resumable else prefix + uuid.uuid4().hex[:12])
+        kept = (KeyboardInterrupt, SystemExit, OSError) if resumable else ()
         try:
             build(temporary)
             _move(temporary, final, is_whole)
-        finally:
+        except kept:
+            if not is_whole(final):  # otherwise another host was faster
+                raise
+        except BaseException:
             _remove(temporary)
+            raise
     return True
 
 
@@ -60,6 +69,7 @@ def _move(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> Non
     except OSError:
         if not is_whole(final):  # otherwise another host was faster, without a common lock
             raise
+        _remove(temporary)
     sync(final.parent)
 
 

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from model.batch import PackedBatch
+from trainer.data.mixture import Mixture, keyed_order
 from trainer.data.packing import Samples, pack
-from trainer.data.rows import RowStream, keyed_order
+from trainer.data.rows import RowStream
 
 _STRATA_KEY = 1  # keeps the strata's permutations apart from the epochs'
 
@@ -54,7 +55,8 @@ class PackedLoader:
     def __init__(self, samples: Samples, *, rows_per_micro_batch: int, accumulation: int = 1, rank: int = 0,
                  world: int = 1, seed: int = 0, lookahead: int = 256, prefetch: int = 2):
         self.samples = samples
-        self.rows = RowStream(samples.tokens_S, row_tokens=samples.row_tokens, lookahead=lookahead, seed=seed)
+        self.rows = RowStream(samples.tokens_S, Mixture(samples.parts, seed), row_tokens=samples.row_tokens,
+                              lookahead=lookahead)
         self.rows_per_step = rows_per_micro_batch * accumulation * world
         self._micro, self._accumulation = rows_per_micro_batch, accumulation
         self._rank, self._world = rank, world

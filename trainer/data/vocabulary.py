@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from trainer.data.files import build_once
@@ -45,9 +47,17 @@ class Vocabulary:
                 raise DataError(f"{path}: the vocabulary has no {name} token; train one with "
                                 "--bos_id, --eos_id and --pad_id, or let data.vocabulary be `train`")
 
-    def encode(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    def __reduce__(self) -> tuple:
+        """Pickles as the path: a process that is sent many tasks reads the model once."""
+        return _opened, (self.path.absolute(),)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
-        return self._processor.encode(list(texts), num_threads=threads)
+        return self._processor.encode(list(texts))
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same as int32 arrays, in less than half the time."""
+        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
 
     def decode(self, ids: Iterable[Iterable[int]]) -> list[str]:
         """Texts of sequences of ids. A text ends at its first </s>; <bos> and <pad> are left out."""
@@ -61,6 +71,11 @@ class Vocabulary:
             if token not in (self.bos_id, self.pad_id):
                 kept.append(token)
         return kept
+
+
+@functools.cache
+def _opened(path: Path) -> Vocabulary:
+    return Vocabulary(path)
 
 
 def train_vocabulary(texts: Iterable[str], path: str | Path, vocab_size: int,
