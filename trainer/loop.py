@@ -193,7 +193,8 @@ class TrainingRun:
             self.say(f"step {self.step}: sample: {records[0]['text'][:300]!r}")
 
     def save(self) -> None:
-        facts = {"topology": topology(self.run, self.ds, self.ranks.world)}
+        facts = {"topology": topology(self.run, self.ds, self.ranks.world),
+                 "rows_done": self.loader.first_row(self.step)}
         if self.times is not None:
             facts["time_sampling"] = self.times.state()
         started = time.perf_counter()
@@ -209,6 +210,7 @@ class TrainingRun:
         path, manifest = found
         check_same(path, manifest["topology"], topology(self.run, self.ds, self.ranks.world))
         self.engine.load(path)
+        self.loader.resume(manifest["step"], manifest["rows_done"])
         if self.times is not None:
             self.times.load(manifest["time_sampling"])
         self.say(f"resumed from {path}")

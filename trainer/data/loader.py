@@ -45,7 +45,8 @@ class PackedLoader:
     Step s takes rows s * G to (s + 1) * G - 1 of the endless row sequence, G = rows_per_micro_batch *
     accumulation * world; within it, micro-batch a of rank r takes the rows from (a * world + r) *
     rows_per_micro_batch on. So a step is a function of (samples, seed, s) and of G: whatever the world size,
-    the global batch is the same, and to resume exactly nothing needs to be saved but the step's number.
+    the global batch is the same, and to resume exactly nothing needs to be saved but the step and its first row.
+    `resume` with these makes a run go on with the next row even where G has changed.
 
     stratum_C: with D documents in the step, draw r of a document lies in the r-th part of D strata, at a
     place that is shuffled by (seed, step): the draws of a document cover all noise levels, and so do the
@@ -61,11 +62,21 @@ class PackedLoader:
         self._micro, self._accumulation = rows_per_micro_batch, accumulation
         self._rank, self._world = rank, world
         self._seed, self._prefetch = seed, prefetch
+        self._origin = (0, 0)
+
+    def resume(self, step: int, row: int) -> None:
+        """Lets `step` begin with `row`, as `first_row` said when the run was saved."""
+        self._origin = (step, row)
+
+    def first_row(self, step: int) -> int:
+        """The row that a step begins with; those before it are done."""
+        origin, row = self._origin
+        return row + (step - origin) * self.rows_per_step
 
     def step(self, step: int) -> tuple[StepInfo, list[PackedBatch]]:
         """The step's facts and this rank's micro-batches, `accumulation` of them."""
         samples, draws = self.samples, self.samples.draws
-        first = step * self.rows_per_step
+        first = self.first_row(step)
         rows = [self.rows[row] for row in range(first, first + self.rows_per_step)]
         starts = np.cumsum([0, *map(len, rows)])
         count = int(starts[-1])
