@@ -17,7 +17,6 @@ from trainer.data.records import (
     Fields,
     Reader,
     column_blocks,
-    documents,
     field_names,
     json_blocks,
     parquet_blocks,
@@ -83,12 +82,6 @@ class Corpus:
             for block in parquet_blocks(path, self.reader) if path.suffix == ".parquet" else json_blocks(path):
                 yield block._replace(done=(before + block.done * size) / sum(sizes))
             before += size
-
-    def texts(self) -> Iterator[str]:
-        """All sources and targets, document by document."""
-        for block in self.blocks():
-            for pair in zip(*documents(block, self.reader), strict=True):
-                yield from filter(None, pair)
 
     @cached_property
     def _dataset(self) -> Dataset:

@@ -10,6 +10,7 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 
 @contextlib.contextmanager
@@ -60,7 +61,7 @@ def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[P
 
 
 def _move(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
-    for path in [*temporary.glob("*"), temporary]:
+    for path in [*temporary.rglob("*"), temporary]:
         sync(path)
     if final.exists() and not is_whole(final):
         _remove(final)
@@ -71,6 +72,15 @@ def _move(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> Non
             raise
         _remove(temporary)
     sync(final.parent)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file that is there whole or not at all; two hosts may write the same one at once."""
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+    with open(temporary, "wb") as handle:
+        write(handle)
+    sync(temporary)
+    os.replace(temporary, path)
 
 
 def sync(path: Path) -> None:

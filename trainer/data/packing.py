@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from model.batch import PackedBatch
 from model.errors import ConfigError
 from trainer.data.mixture import Part
 from trainer.data.token_cache import TokenCache
 from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from model.batch import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -139,6 +141,10 @@ def pack(segments: Sequence[Segment], row_D: np.ndarray, rows: int, stratum_DR: 
     row_D: the row a document lies in, of `rows`. stratum_DR: place of every copy among the `strata` copies of
     the global batch. Result on the CPU, integers int64.
     """
+    import torch  # here, so that processes that only prepare documents start in a fraction of the time and memory
+
+    from model.batch import PackedBatch
+
     documents, draws = stratum_DR.shape
     source_D = np.array([len(s.source) for s in segments], np.int64)
     loss_D = np.array([s.loss_tokens for s in segments], np.int64)

@@ -10,6 +10,7 @@ from model.errors import ConfigError
 from trainer.data.config import DataConfig
 from trainer.data.corpus import REPOSITORY, Corpus, find_corpus
 from trainer.data.packing import Samples
+from trainer.data.records import texts
 from trainer.data.token_cache import TokenCache, is_token_cache, open_token_cache
 from trainer.data.vocabulary import TRAINING_CHARACTERS, Vocabulary, train_vocabulary
 from trainer.data.workers import local_workers
@@ -100,4 +101,5 @@ def open_vocabulary(config: DataConfig, train: list[Source] | None = None) -> Vo
     digests = " ".join(corpus.digest for corpus in sources)
     key = hashlib.sha256(f"{digests} {config.vocab_size} {TRAINING_CHARACTERS}".encode()).hexdigest()
     path = Path(config.cache_dir).absolute() / "vocabularies" / f"{key[:24]}.model"
-    return train_vocabulary((text for corpus in sources for text in corpus.texts()), path, config.vocab_size)
+    return train_vocabulary((text for corpus in sources for text in texts(corpus.blocks(), corpus.reader)), path,
+                            config.vocab_size)

@@ -7,13 +7,17 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import compress
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+import numpy as np
 
 from trainer.errors import DataError
 
 BLOCK_BYTES = 1 << 20
 """Input that is read, parsed and tokenized at a time. It decides where shards end, and nothing else."""
+_TEXT_BLOCKS = 1024
 _BATCH_ROWS = 64
 """Records of a columnar file that are read at a time, until a block has BLOCK_BYTES."""
 
@@ -27,7 +31,9 @@ class Block(NamedTuple):
     content: bytes | list
     """JSON lines as they stand in the file, or records."""
     done: float
-    """Share of the file that is read when this block is."""
+    """Share of the input that is read when this block is."""
+    wanted_N: np.ndarray | None = None
+    """Which of its documents are wanted; None: all."""
 
 
 class Reader(Protocol):
@@ -92,7 +98,8 @@ def _kind(value: object) -> str:
 
 
 def documents(block: Block, reader: Reader) -> tuple[list[str], list[str]]:
-    """(sources, targets) of a block, in order; sources are empty where there are none. Raises DataError."""
+    """(sources, targets) of the wanted documents of a block, in order; sources are empty where there are none. Raises
+    DataError."""
     sources, targets = [], []
     for place, record in _records(block):
         document = reader.document(record, place)
@@ -101,7 +108,20 @@ def documents(block: Block, reader: Reader) -> tuple[list[str], list[str]]:
                 _check_text(text, place)
             sources.append(document[0])
             targets.append(document[1])
-    return sources, targets
+    if block.wanted_N is None:
+        return sources, targets
+    return list(compress(sources, block.wanted_N)), list(compress(targets, block.wanted_N))
+
+
+def texts(blocks: Iterable[Block], reader: Reader) -> Iterator[str]:
+    """Sources and targets, document by document, of all blocks; of about _TEXT_BLOCKS, spread evenly, where there are
+    more. Raises DataError."""
+    taken = 0
+    for block in blocks:
+        if taken < _TEXT_BLOCKS * block.done:
+            taken += 1
+            for pair in zip(*documents(block, reader), strict=True):
+                yield from filter(None, pair)
 
 
 def _check_text(text: str, place: str) -> None:

@@ -5,18 +5,16 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
-import uuid
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from tqdm import tqdm
 
 from trainer.data.corpus import Corpus
-from trainer.data.files import build_once, sync
+from trainer.data.files import build_once, write_whole
+from trainer.data.progress import progress
 from trainer.data.records import BLOCK_BYTES, Block, Reader, documents
 from trainer.data.vocabulary import Vocabulary
 from trainer.data.workers import ALONE, Workers
@@ -57,8 +55,8 @@ class TokenCache:
         lengths_NS = np.concatenate(lengths).astype(np.int64)
         self.source_lengths_N, self.target_lengths_N = np.ascontiguousarray(lengths_NS.T)
         # Where a document's source starts in its shard; its target follows.
-        starts_N = np.cumsum(lengths_NS.sum(1)) - lengths_NS.sum(1)
-        self._starts_N = starts_N - np.repeat(starts_N[self._firsts[:-1]], np.diff(self._firsts))
+        ends_N = np.concatenate([[0], np.cumsum(lengths_NS.sum(1))])
+        self._starts_N = ends_N[:-1] - np.repeat(ends_N[self._firsts[:-1]], np.diff(self._firsts))
         self._mapped = functools.cache(lambda shard: np.load(_file(self._shards[shard], "tokens"), mmap_mode="r"))
 
     def __len__(self) -> int:
@@ -93,13 +91,6 @@ class Encoded(NamedTuple):
     done: float
 
 
-class Task(NamedTuple):
-    """A block, and which of its documents are wanted (None: all)."""
-
-    block: Block
-    keep_N: np.ndarray | None = None
-
-
 def open_token_cache(corpus: Corpus, vocabulary: Vocabulary, cache_dir: str | Path, *,
                      workers: Workers = ALONE, progress: bool = False) -> TokenCache:
     """The corpus in tokens: from `cache_dir` where it is there and whole, otherwise made there first.
@@ -113,14 +104,14 @@ def open_token_cache(corpus: Corpus, vocabulary: Vocabulary, cache_dir: str | Pa
     folder = Path(cache_dir).absolute() / "tokens" / key[:24]
 
     def build(temporary: Path) -> None:
-        write_token_cache(temporary, map(Task, corpus.blocks()), corpus.reader, vocabulary, workers,
+        write_token_cache(temporary, corpus.blocks(), corpus.reader, vocabulary, workers,
                           corpus.name if progress else "")
 
     build_once(folder, is_token_cache, build, resumable=True)
     return TokenCache(folder)
 
 
-def write_token_cache(folder: Path, tasks: Iterable[Task], reader: Reader, vocabulary: Vocabulary, workers: Workers,
+def write_token_cache(folder: Path, blocks: Iterable[Block], reader: Reader, vocabulary: Vocabulary, workers: Workers,
                       title: str = "") -> None:
     """Tokenizes documents into `folder`, going on after the shards that are whole there already.
 
@@ -130,15 +121,13 @@ def write_token_cache(folder: Path, tasks: Iterable[Task], reader: Reader, vocab
     folder.mkdir(parents=True, exist_ok=True)
     shards = _whole_shards(folder)
     encode = functools.partial(encode_block, reader=reader, vocabulary=vocabulary)
-    left = islice(tasks, sum(shard["blocks"] for shard in shards), None)
-    with tqdm(total=1.0, desc=f"tokenizing {title}", disable=not title, bar_format="{desc}: {percentage:3.0f}% |{bar}| "
-              "{elapsed}<{remaining}{postfix}") as bar:
-        count, tokens, parts = sum(shard["documents"] for shard in shards), 0, []
+    left = islice(blocks, sum(shard["blocks"] for shard in shards), None)
+    count, tokens, parts = sum(shard["documents"] for shard in shards), 0, []
+    with progress(title and f"tokenizing {title}") as show:
         for part in workers.map(encode, left):
             parts.append(part)
             tokens, count = tokens + len(part.tokens_T), count + len(part.lengths_NS)
-            bar.set_postfix_str(f"{count:,} documents", refresh=False)
-            bar.update(part.done - bar.n)
+            show(part.done, count)
             if tokens >= _SHARD_TOKENS:
                 shards.append(_write_shard(folder, len(shards), parts))
                 tokens, parts = 0, []
@@ -166,18 +155,16 @@ def is_token_cache(folder: Path) -> bool:
         return False
 
 
-def encode_block(task: Task, reader: Reader, vocabulary: Vocabulary) -> Encoded:
+def encode_block(block: Block, reader: Reader, vocabulary: Vocabulary) -> Encoded:
     """The wanted documents of a block in tokens. Raises DataError for faulty ones."""
-    sources, targets = documents(task.block, reader)
-    texts = [text for index, pair in enumerate(zip(sources, targets, strict=True))
-             if task.keep_N is None or task.keep_N[index] for text in pair]
+    texts = [text for pair in zip(*documents(block, reader), strict=True) for text in pair]
     kind = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
     parts, lengths = [np.empty(0, kind)], []
     for start in range(0, len(texts), _TEXTS):
         encoded = vocabulary.encode_arrays(texts[start:start + _TEXTS])
         parts += [ids.astype(kind) for ids in encoded]
         lengths += map(len, encoded)
-    return Encoded(np.concatenate(parts), np.array(lengths, np.int32).reshape(-1, 2), task.block.done)
+    return Encoded(np.concatenate(parts), np.array(lengths, np.int32).reshape(-1, 2), block.done)
 
 
 def _write_shard(folder: Path, number: int, parts: Sequence[Encoded]) -> dict:
@@ -186,19 +173,10 @@ def _write_shard(folder: Path, number: int, parts: Sequence[Encoded]) -> dict:
     tokens_T = np.concatenate([part.tokens_T for part in parts])
     lengths_NS = np.concatenate([part.lengths_NS for part in parts])
     facts = {"blocks": len(parts), "documents": len(lengths_NS), "tokens": len(tokens_T)}
-    _put(_file(shard, "tokens"), lambda handle: np.save(handle, tokens_T))
-    _put(_file(shard, "lengths"), lambda handle: np.save(handle, lengths_NS))
-    _put(shard.with_suffix(".json"), lambda handle: handle.write(json.dumps(facts).encode()))
+    write_whole(_file(shard, "tokens"), lambda handle: np.save(handle, tokens_T))
+    write_whole(_file(shard, "lengths"), lambda handle: np.save(handle, lengths_NS))
+    write_whole(shard.with_suffix(".json"), lambda handle: handle.write(json.dumps(facts).encode()))
     return facts
-
-
-def _put(path: Path, write) -> None:
-    """Writes a file that is there whole or not at all. Two hosts that share no locks may write the same one."""
-    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
-    with open(temporary, "wb") as handle:
-        write(handle)
-    sync(temporary)
-    os.replace(temporary, path)
 
 
 def _whole_shards(folder: Path) -> list[dict]:

@@ -80,19 +80,37 @@ def _opened(path: Path) -> Vocabulary:
 
 def train_vocabulary(texts: Iterable[str], path: str | Path, vocab_size: int,
                      characters: int = TRAINING_CHARACTERS) -> Vocabulary:
-    """Trains a unigram vocabulary of `vocab_size` pieces and writes it to `path`, atomically, unless it is
-    there.
+    """`vocabulary_model` of these texts, written to `path`, atomically, unless it is there."""
+    def build(temporary: Path) -> None:
+        temporary.write_bytes(vocabulary_model(texts, vocab_size, characters))
+
+    build_once(Path(path), Path.is_file, build)
+    return Vocabulary(path)
+
+
+def vocabulary_model(texts: Iterable[str], vocab_size: int, characters: int = TRAINING_CHARACTERS) -> bytes:
+    """A unigram vocabulary of `vocab_size` pieces, trained on `texts`: the content of a sentencepiece model file.
 
     The same texts give the same bytes. Every byte is a piece, so that no text is out of vocabulary. At most
     `characters` are used, taken as every n-th line of all texts. The one character that is not given back is
     U+2581, which sentencepiece uses for the space.
     Raises DataError where the texts do not hold enough different pieces.
     """
-    def build(temporary: Path) -> None:
-        temporary.write_bytes(_train(_sample_lines(texts, characters), vocab_size))
-
-    build_once(Path(path), Path.is_file, build)
-    return Vocabulary(path)
+    lines = _sample_lines(texts, characters)
+    if not lines:
+        raise DataError("data.train: the documents hold no text to train a vocabulary on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+            byte_fallback=True, split_digits=True, user_defined_symbols=_SPACING,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=PAD_ID,
+            num_threads=_THREADS, minloglevel=2)
+    except RuntimeError as error:
+        raise DataError(f"data.vocab_size = {vocab_size}: no vocabulary of this size can be trained on "
+                        f"{len(lines)} lines of text: {str(error).rpartition('] ')[2].strip()}") from None
+    return model.getvalue()
 
 
 def _sample_lines(texts: Iterable[str], characters: int) -> list[str]:
@@ -115,20 +133,3 @@ def _lines(text: str) -> Iterator[str]:
     for line in text.split("\n"):
         for start in range(0, len(line), _LINE):
             yield line[start:start + _LINE]
-
-
-def _train(lines: list[str], vocab_size: int) -> bytes:
-    if not lines:
-        raise DataError("data.train: the documents hold no text to train a vocabulary on")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=vocab_size,
-            byte_fallback=True, split_digits=True, user_defined_symbols=_SPACING,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=PAD_ID,
-            num_threads=_THREADS, minloglevel=2)
-    except RuntimeError as error:
-        raise DataError(f"data.vocab_size = {vocab_size}: no vocabulary of this size can be trained on "
-                        f"{len(lines)} lines of text: {str(error).rpartition('] ')[2].strip()}") from None
-    return model.getvalue()

@@ -11,7 +11,7 @@ import pytest
 
 from trainer.data.config import CorpusConfig
 from trainer.data.corpus import REPOSITORY, find_corpus
-from trainer.data.records import documents
+from trainer.data.records import documents, texts
 from trainer.errors import DataError
 
 GOOD = '{"src": "a", "trg": "b"}\n'
@@ -51,7 +51,7 @@ def test_reads_every_format_without_network(folder, corpus, name, monkeypatch):
     found = corpus(str(folder / name))
     assert found.reader.paired
     assert read(found) == PAIRS
-    assert list(found.texts()) == ["one\ntwo", "1", "zwei ü", "three"]
+    assert list(texts(found.blocks(), found.reader)) == ["one\ntwo", "1", "zwei ü", "three"]
 
 
 def test_lists_globs_and_folders(folder, corpus):

@@ -124,13 +124,13 @@ def _open_until(corpus, vocabulary, cache_dir, blocks, log, ready):
     """Opens a cache, writing down every block that is tokenized; waits for ever at block number `blocks`."""
     encode = token_cache.encode_block
 
-    def counted(task, **more):
+    def counted(block, **more):
         with open(log, "a") as handle:
-            handle.write(f"{task.block.first}\n")
+            handle.write(f"{block.first}\n")
         if len(log.read_text().split()) == blocks:
             ready.set()
             time.sleep(60)
-        return encode(task, **more)
+        return encode(block, **more)
 
     token_cache.encode_block = counted
     open_token_cache(corpus, vocabulary, cache_dir)
