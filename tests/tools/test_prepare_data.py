@@ -322,7 +322,7 @@ def in_pieces(monkeypatch):
 def test_result_does_not_depend_on_the_number_of_processes(prepare, tmp_path, in_pieces):
     words = ["--train", write(tmp_path / "all.jsonl", DOCUMENTS + DOCUMENTS[:9]), "--valid_percent", "20"]
     alone = prepare(*words)
-    assert len(list((alone / "train").glob("*.tokens.npy"))) > 2
+    assert len(list((alone / "train").glob("*.tokens"))) > 2
     with local_workers(3) as workers:
         shared = prepare(*words, out="shared", workers=workers)
     assert content(shared) == content(alone)

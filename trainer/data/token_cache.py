@@ -1,10 +1,11 @@
-"""Tokenized corpora as memory-mapped shards, found again by a digest of all that they depend on."""
+"""Tokenized corpora as shards on disk, found again by a digest of all that they depend on."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
@@ -23,6 +24,7 @@ from trainer.errors import DataError
 _FORMAT = 2
 _MANIFEST = "manifest.json"
 _SHARD_TOKENS = 16_000_000
+_OPEN_FILES = 128
 _TEXTS = 32  # texts given to sentencepiece at a time: its results are several times as large as they
 SOURCE, TARGET = 0, 1
 
@@ -50,14 +52,16 @@ class TokenCache:
         self.paired_N = np.repeat([manifest["paired"] for manifest in manifests], np.diff(self.bounds))
         self._shards = [folder / f"{number:05}" for folder, manifest in zip(self.folders, manifests, strict=True)
                         for number in range(manifest["shards"])]
-        lengths = [np.load(_file(shard, "lengths")) for shard in self._shards]
+        lengths = [np.load(_lengths_file(shard)) for shard in self._shards]
         self._firsts = np.cumsum([0, *map(len, lengths)])
         lengths_NS = np.concatenate(lengths).astype(np.int64)
         self.source_lengths_N, self.target_lengths_N = np.ascontiguousarray(lengths_NS.T)
         # Where a document's source starts in its shard; its target follows.
         ends_N = np.concatenate([[0], np.cumsum(lengths_NS.sum(1))])
         self._starts_N = ends_N[:-1] - np.repeat(ends_N[self._firsts[:-1]], np.diff(self._firsts))
-        self._mapped = functools.cache(lambda shard: np.load(_file(self._shards[shard], "tokens"), mmap_mode="r"))
+        self._kind = _token_type(self.vocab_size)
+        # Mapped files would count as this process's memory once they are read, and each keeps a descriptor as well.
+        self._open = functools.lru_cache(_OPEN_FILES)(lambda shard: open(_tokens_file(self._shards[shard]), "rb", 0))
 
     def __len__(self) -> int:
         return len(self.target_lengths_N)
@@ -68,17 +72,20 @@ class TokenCache:
         return ", ".join(map(str, self.folders))
 
     def source(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Source tokens start:stop of a document, as a view of the file."""
+        """Source tokens start:stop of a document, read-only."""
         return self._read(document, 0, self.source_lengths_N[document], start, stop)
 
     def target(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
-        """Target tokens start:stop of a document, as a view of the file."""
+        """Target tokens start:stop of a document, read-only."""
         return self._read(document, self.source_lengths_N[document], self.target_lengths_N[document], start, stop)
 
     def _read(self, document: int, offset: int, length: int, start: int, stop: int | None) -> np.ndarray:
         shard = int(np.searchsorted(self._firsts, document, "right")) - 1
-        first = self._starts_N[document] + offset
-        return self._mapped(shard)[first + start:first + (length if stop is None else min(stop, length))]
+        first = int(self._starts_N[document] + offset) + start
+        count = int(length if stop is None else min(stop, length)) - start
+        size = self._kind().itemsize
+        file = self._open(shard)
+        return np.frombuffer(os.pread(file.fileno(), max(count, 0) * size, first * size), self._kind)
 
 
 class Encoded(NamedTuple):
@@ -158,7 +165,7 @@ def is_token_cache(folder: Path) -> bool:
 def encode_block(block: Block, reader: Reader, vocabulary: Vocabulary) -> Encoded:
     """The wanted documents of a block in tokens. Raises DataError for faulty ones."""
     texts = [text for pair in zip(*documents(block, reader), strict=True) for text in pair]
-    kind = np.uint16 if vocabulary.size <= 1 << 16 else np.uint32
+    kind = _token_type(vocabulary.size)
     parts, lengths = [np.empty(0, kind)], []
     for start in range(0, len(texts), _TEXTS):
         encoded = vocabulary.encode_arrays(texts[start:start + _TEXTS])
@@ -173,8 +180,8 @@ def _write_shard(folder: Path, number: int, parts: Sequence[Encoded]) -> dict:
     tokens_T = np.concatenate([part.tokens_T for part in parts])
     lengths_NS = np.concatenate([part.lengths_NS for part in parts])
     facts = {"blocks": len(parts), "documents": len(lengths_NS), "tokens": len(tokens_T)}
-    write_whole(_file(shard, "tokens"), lambda handle: np.save(handle, tokens_T))
-    write_whole(_file(shard, "lengths"), lambda handle: np.save(handle, lengths_NS))
+    write_whole(_tokens_file(shard), lambda handle: handle.write(tokens_T.data))
+    write_whole(_lengths_file(shard), lambda handle: np.save(handle, lengths_NS))
     write_whole(shard.with_suffix(".json"), lambda handle: handle.write(json.dumps(facts).encode()))
     return facts
 
@@ -186,5 +193,13 @@ def _whole_shards(folder: Path) -> list[dict]:
     return shards
 
 
-def _file(shard: Path, what: str) -> Path:
-    return shard.with_name(f"{shard.name}.{what}.npy")
+def _token_type(vocab_size: int) -> type:
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def _tokens_file(shard: Path) -> Path:
+    return shard.with_suffix(".tokens")
+
+
+def _lengths_file(shard: Path) -> Path:
+    return shard.with_suffix(".lengths.npy")

@@ -93,7 +93,7 @@ def small_shards(monkeypatch):
 def test_cache_is_the_same_whatever_the_number_of_processes(files, vocabulary, tmp_path, small_shards):
     corpus = local(files["jsonl"])
     alone = open_token_cache(corpus, vocabulary, tmp_path / "1")
-    assert len(list(alone.folders[0].glob("*.tokens.npy"))) > 3
+    assert len(list(alone.folders[0].glob("*.tokens"))) > 3
     encoded = vocabulary.encode([text for pair in PAIRS for text in pair])
     assert [alone.source(i).tolist() for i in range(400)] == encoded[::2]
     assert [alone.target(i).tolist() for i in range(400)] == encoded[1::2]

@@ -70,7 +70,7 @@ def test_failed_build_leaves_nothing(tmp_path, corpus, numbers):
     assert folders(tmp_path) == []
 
 
-@pytest.mark.parametrize("damage", ["00000.tokens.npy", "00000.lengths.npy", "manifest.json"])
+@pytest.mark.parametrize("damage", ["00000.tokens", "00000.lengths.npy", "manifest.json"])
 def test_damaged_cache_is_built_again(tmp_path, corpus, numbers, damage):
     cache = open_token_cache(corpus, numbers(), tmp_path / "cache")
     path = cache.folders[0] / damage
