@@ -9,7 +9,7 @@ Three parts, on this machine:
   tree while it is tokenized into an empty cache and then iterated once, from the memory that the kernel counts as this
   tree's alone or its share (PSS), with mapped files and without;
 - **training**: the tiny preset on the bundled documents for a few steps; the share of a step's time in which the loop
-  waits for the loader, and that for planning attention and drawing noise in the loop.
+  waits for the loader; and how busy the loader's thread is with planning attention.
 """
 
 from __future__ import annotations
@@ -140,11 +140,11 @@ def train(folder: Path, steps: int, vocabulary: Path) -> dict:
 
     waits: list[float] = []
     ends: list[float] = []
-    parts = {"planning attention": 0.0, "drawing noise": 0.0}
+    planning: list[float] = []
     stream_steps = PackedLoader.stream
 
-    def timed_stream(self, start: int = 0):
-        steps = stream_steps(self, start)
+    def timed_stream(self, *args):
+        steps = stream_steps(self, *args)
         while True:
             before = time.perf_counter()
             item = next(steps)
@@ -152,18 +152,15 @@ def train(folder: Path, steps: int, vocabulary: Path) -> dict:
             waits.append(ends[-1] - before)
             yield item
 
-    def timed(function, name):
-        def call(*args, **more):
-            before = time.perf_counter()
-            try:
-                return function(*args, **more)
-            finally:
-                parts[name] += time.perf_counter() - before
-        return call
+    plan = loop.DiffusionLM.prepare
 
-    PackedLoader.stream = timed_stream
-    loop.training_draw = timed(loop.training_draw, "drawing noise")
-    loop.DiffusionLM.prepare = timed(loop.DiffusionLM.prepare, "planning attention")
+    def timed_plan(*args, **more):
+        before = time.perf_counter()
+        planned = plan(*args, **more)
+        planning.append(time.perf_counter() - before)
+        return planned
+
+    PackedLoader.stream, loop.DiffusionLM.prepare = timed_stream, timed_plan
     config = load("tiny", overrides=[f"train.steps={steps}", "train.eval_every=0", "train.sample_every=0",
                                      "train.save_every=0", f"data.vocabulary={vocabulary}",
                                      f"data.cache_dir={folder / 'cache'}"])
@@ -176,7 +173,7 @@ def train(folder: Path, steps: int, vocabulary: Path) -> dict:
     launch.stop()
     measured = ends[-1] - ends[2]
     return {"step_ms": measured / (len(ends) - 3) * 1e3, "exposed": sum(waits[3:]) / measured,
-            **{name: value / (ends[-1] - ends[0]) for name, value in parts.items()}}
+            "planning": sum(planning[3:]) / measured}
 
 
 def main() -> None:
@@ -195,8 +192,8 @@ def main() -> None:
               f"and iterated in {streamed['seconds']:.0f} s; peak of the process tree {streamed['peak_mib']:.0f} MiB, "
               f"{streamed['peak_anonymous_mib']:.0f} MiB without mapped files")
         trained = train(folder, args.steps, found["vocabulary"])
-        print(f"training: {trained.pop('step_ms'):.0f} ms a step, of which the loop waits {trained.pop('exposed'):.2%} "
-              f"for the loader; {', '.join(f'{name} {share:.1%}' for name, share in trained.items())}")
+        print(f"training: {trained['step_ms']:.0f} ms a step, of which the loop waits {trained['exposed']:.2%} for the "
+              f"loader, whose thread plans attention for {trained['planning']:.1%}")
 
 
 if __name__ == "__main__":

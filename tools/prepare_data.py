@@ -3,7 +3,7 @@
     python tools/prepare_data.py --train my/articles/*.jsonl.gz --valid_percent 2 --test_percent 2 --out prepared
     python tools/prepare_data.py --train papers.parquet --src body --trg conclusion --vocab_size 16384 --out prepared
     python tools/prepare_data.py --recipe arxiv --duplicates near --out prepared
-    python trainer/run.py --ds_config ds_configs/zero2.json --config prepared/data.toml
+    deepspeed trainer/run.py --ds_config ds_configs/zero2.json --config prepared/data.toml
 
 Training tokenizes by itself what data.train names. This tool is for corpora that are large, used by many runs or by
 nodes that share a disk, or that hold duplicates; and it says how long the documents are before anything is trained.

@@ -13,8 +13,9 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
+from model.batch import PackedBatch
 from model.diffusion.loss_second_moment import LossSecondMoment
-from model.diffusion_lm import DiffusionLM
+from model.diffusion_lm import BatchPlan, DiffusionLM
 from model.flops import training_flops
 from model.moe.parallel import ExpertGroup
 from trainer import checkpoint
@@ -83,7 +84,7 @@ class TrainingRun:
         run, last = self.run.train, self.run.train.steps
         with tqdm(total=last, initial=self.step, desc="training", unit="step", disable=not self.ranks.first,
                   dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 15.0) as bar:
-            for info, micro_batches in self.loader.stream(self.step):
+            for info, micro_batches in self.loader.stream(self.step, self._planned):
                 if self.step >= last or self.stop.agreed(self.ranks.control):
                     break
                 rate = self._train_step(info, micro_batches)
@@ -113,10 +114,10 @@ class TrainingRun:
         return every > 0 and (self.step % every == 0 or self.step == self.run.train.steps)
 
     def _train_step(self, info: StepInfo, micro_batches: list) -> float:
-        model, seed, device = self.model, self.run.train.seed, self.ranks.device
+        seed, device = self.run.train.seed, self.ranks.device
         measured = torch.zeros((), dtype=torch.float64, device=device)
-        for index, batch in enumerate(micro_batches):
-            plan = model.prepare(batch, device=device, dtype=self.engine.dtype).to(device)
+        for index, (batch, plan) in enumerate(micro_batches):
+            plan = plan.to(device)
             draw = training_draw(batch, self.run.model, seed, self.step, self.times).to(device)
             batch = batch.to(device)
             sent = self.expert_group.sent_bytes
@@ -133,6 +134,10 @@ class TrainingRun:
             self.times.observe(measured)
         self.metrics.count(info.loss_tokens, info.tokens)
         return rate
+
+    def _planned(self, batch: PackedBatch) -> tuple[PackedBatch, BatchPlan]:
+        """A micro-batch with its plan, which takes the CPU a good part of a GPU's time for the step."""
+        return batch, self.model.prepare(batch, device=self.ranks.device, dtype=self.engine.dtype)
 
     def _check_finite(self, total: torch.Tensor) -> None:
         """Before the update, so that the weights stay as they are. DeepSpeed's step waits for the device anyway."""

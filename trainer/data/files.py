@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from trainer.errors import RunError
+
 
 @contextlib.contextmanager
 def locked(path: Path) -> Iterator[bool]:
@@ -33,8 +35,8 @@ def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[P
 
     Safe to interrupt at any point, and safe when several processes ask at once: one builds, the others wait
     for it. What an interrupted build left on this host is removed; or, with `resumable`, given to the next build, which
-    must put files into it whole, and the same ones each time: without common locks two hosts may do it at once. A
-    build that fails, other than for want of disk space, leaves nothing. Returns whether this call built it.
+    must put files into it whole, and the same ones each time: without common locks two hosts may do it at once. Where
+    the data is at fault (RunError), nothing is left. Returns whether this call built it.
     """
     if is_whole(final):
         return False
@@ -47,16 +49,14 @@ def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[P
                 _remove(leftover)
         resumable = resumable and alone
         temporary = final.with_name(f"{final.name}.partial" if resumable else prefix + uuid.uuid4().hex[:12])
-        kept = (KeyboardInterrupt, SystemExit, OSError) if resumable else ()
         try:
             build(temporary)
             _move(temporary, final, is_whole)
-        except kept:
-            if not is_whole(final):  # otherwise another host was faster
+        except BaseException as error:
+            if not resumable or isinstance(error, RunError):
+                _remove(temporary)
+            if not (isinstance(error, OSError) and is_whole(final)):  # otherwise another host was faster
                 raise
-        except BaseException:
-            _remove(temporary)
-            raise
     return True
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -103,8 +104,10 @@ class PackedLoader:
             loss_tokens=int(samples.loss_tokens_S[chosen].sum()) * samples.draws,
             fill=tokens / (self.rows_per_step * samples.row_tokens))
 
-    def stream(self, start_step: int = 0) -> Iterator[tuple[StepInfo, list[PackedBatch]]]:
-        """Steps from `start_step` on, without end, made ahead in a background thread.
+    def stream(self, start_step: int = 0,
+               finish: Callable[[PackedBatch], Any] = lambda batch: batch) -> Iterator[tuple[StepInfo, list]]:
+        """Steps from `start_step` on, without end, made ahead in a background thread, which also applies `finish` to
+        each micro-batch.
 
         Errors of the thread are raised here. Closing the iterator (or dropping it) ends the thread.
         """
@@ -122,7 +125,8 @@ class PackedLoader:
             step = start_step
             try:
                 while not closed.is_set():
-                    put(self.step(step))
+                    info, batches = self.step(step)
+                    put((info, [finish(batch) for batch in batches]))
                     step += 1
             except BaseException as error:
                 put(error)

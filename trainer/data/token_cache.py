@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
+from io import FileIO
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -61,10 +62,15 @@ class TokenCache:
         self._starts_N = ends_N[:-1] - np.repeat(ends_N[self._firsts[:-1]], np.diff(self._firsts))
         self._kind = _token_type(self.vocab_size)
         # Mapped files would count as this process's memory once they are read, and each keeps a descriptor as well.
-        self._open = functools.lru_cache(_OPEN_FILES)(lambda shard: open(_tokens_file(self._shards[shard]), "rb", 0))
+        self._open = functools.lru_cache(_OPEN_FILES)(self._opened)
 
     def __len__(self) -> int:
         return len(self.target_lengths_N)
+
+    @property
+    def paired(self) -> bool:
+        """Whether every document has a source."""
+        return bool(self.paired_N.all())
 
     @property
     def name(self) -> str:
@@ -78,6 +84,9 @@ class TokenCache:
     def target(self, document: int, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Target tokens start:stop of a document, read-only."""
         return self._read(document, self.source_lengths_N[document], self.target_lengths_N[document], start, stop)
+
+    def _opened(self, shard: int) -> FileIO:
+        return open(_tokens_file(self._shards[shard]), "rb", buffering=0)
 
     def _read(self, document: int, offset: int, length: int, start: int, stop: int | None) -> np.ndarray:
         shard = int(np.searchsorted(self._firsts, document, "right")) - 1

@@ -73,9 +73,8 @@ def local_workers(count: int = 0) -> Iterator[Workers]:
 
 def _begin(parent: int) -> None:
     """What a forked process does first: signals are for its parent, with which it ends even where that is killed."""
-    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)

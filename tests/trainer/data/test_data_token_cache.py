@@ -64,8 +64,11 @@ def test_another_vocabulary_or_content_is_another_cache(tmp_path, corpus, number
 
 def test_failed_build_leaves_nothing(tmp_path, corpus, numbers):
     broken = numbers()
-    broken.encode_arrays = lambda *_: 1 / 0
-    with pytest.raises(ZeroDivisionError):
+    def fail(texts):
+        raise DataError("bad")
+
+    broken.encode_arrays = fail
+    with pytest.raises(DataError, match="bad"):
         open_token_cache(corpus, broken, tmp_path / "cache")
     assert folders(tmp_path) == []
 
