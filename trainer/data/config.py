@@ -80,6 +80,13 @@ class DataConfig:
         room = self.row_tokens - (self.draws_per_source - 1) * self.max_target_tokens
         return min(room, self.max_source_tokens + self.max_target_tokens) if self.max_source_tokens else room
 
+    @classmethod
+    def from_plain(cls, values: dict) -> DataConfig:
+        """The configuration that `dataclasses.asdict` made `values` of."""
+        tables = {key: {name: CorpusConfig(**corpus) for name, corpus in value.items()}
+                  for key, value in values.items() if isinstance(value, dict)}
+        return cls(**values | tables)
+
     def validate(self) -> None:
         """Refuses impossible values with ConfigError."""
         def need(ok: bool, key: str, problem: str) -> None:
