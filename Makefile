@@ -5,6 +5,7 @@
 # make bench-checkpoint                  how long a save of 1 GB holds training up
 # make bench-balance                     training with and without the balance loss
 # make test-megablocks                   equality with the real MegaBlocks, in Triton's interpreter
+# make bench-data                        tokenizing, memory while streaming, and how long training waits for data
 # Everything is set up on first use; nothing but Python 3.11 or 3.12, make and a C++ compiler is needed beforehand.
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ BIN := $(VENV)/bin
 
 MEGABLOCKS := $(VENV)/megablocks
 
-.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance bench-checkpoint setup clean
+.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance bench-checkpoint bench-data setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.requirements $(VENV)/.requirements-dev
@@ -50,6 +51,9 @@ bench-checkpoint: $(VENV)/.requirements-dev
 
 bench-balance: $(VENV)/.requirements
 	$(BIN)/python benchmarks/balance.py
+
+bench-data: $(VENV)/.requirements-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
 
 clean:
 	rm -rf runs .cache

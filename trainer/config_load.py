@@ -87,7 +87,7 @@ def _parse_override(text: str) -> dict:
         raise ConfigError("--set", f"cannot choose the {path[0]}: use --{path[0]}")
     hint = RunConfig
     for name in path:
-        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else None
+        hint = get_type_hints(hint).get(name) if is_dataclass(hint) else _item_of_table(hint)
     value = value.strip()
     if hint is not None and not is_dataclass(hint):  # anything else is refused when it is applied
         value = _from_text(value, hint)
@@ -114,12 +114,21 @@ def _apply(config: object, values: dict, origin: str, prefix: str) -> object:
     for name, value in values.items():
         key = prefix + name
         if name not in hints:
-            raise ConfigError(key, f"is not a key of the run configuration ({origin}); {_hint(key)}")
+            raise ConfigError(key, f"is not a key of the run configuration ({origin}); "
+                              f"{_hint(key, [prefix + known for known in hints])}")
         if is_dataclass(hints[name]):
             if not isinstance(value, dict):
                 raise ConfigError(key, f"is a section ({origin}): set one of its keys, such as "
                                   f"{next(describe(getattr(config, name), key + '.')).name}")
             changes[name] = _apply(getattr(config, name), value, origin, key + ".")
+        elif isinstance(value, dict) and (item := _item_of_table(hints[name])):
+            for inner, part in value.items():
+                if not isinstance(part, dict):
+                    raise ConfigError(f"{key}.{inner}", f"must be a table with {', '.join(get_type_hints(item))}, not "
+                                      f"{part!r} ({origin})")
+            tables = getattr(config, name) if isinstance(getattr(config, name), dict) else {}
+            changes[name] = tables | {inner: _apply(tables.get(inner, item()), part, origin, f"{key}.{inner}.")
+                                      for inner, part in value.items()}
         else:
             changes[name] = _converted(value, hints[name])
             if changes[name] is None:
@@ -127,12 +136,20 @@ def _apply(config: object, values: dict, origin: str, prefix: str) -> object:
     return replace(config, **changes)
 
 
-def _hint(key: str) -> str:
-    """What to do about an unknown key."""
+def _item_of_table(hint: object) -> type | None:
+    """The dataclass of the named tables that `hint` allows."""
+    for option in get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,):
+        if get_origin(option) is dict:
+            return get_args(option)[1]
+    return None
+
+
+def _hint(key: str, siblings: Sequence[str]) -> str:
+    """What to do about an unknown key that was given in the place of `siblings`."""
     section, _, leaf = key.rpartition(".")
     if leaf in DEEPSPEED_KEYS:
         return "it belongs to the DeepSpeed JSON (--ds_config)"
-    known = [item.name for item in describe()]
+    known = list(dict.fromkeys([*(item.name for item in describe()), *siblings]))
     moved = [name for name in known if name.rpartition(".")[2] == leaf]
     sections = {name.rpartition(".")[0] for name in known} - {""}
     near = moved or difflib.get_close_matches(key, [*known, *sections], n=1, cutoff=0.8)
@@ -148,6 +165,8 @@ def _converted(value: object, hint: object) -> object | None:
     if get_origin(hint) in (Union, types.UnionType):
         found = (_converted(value, option) for option in get_args(hint))
         return next((option for option in found if option is not None), None)
+    if get_origin(hint) is dict:
+        return value if isinstance(value, dict) else None
     if hint is list or get_origin(hint) is list:
         if not isinstance(value, list):
             return None
@@ -166,4 +185,6 @@ def _name(hint: object) -> str:
         return " or ".join(_name(option) for option in get_args(hint))
     if get_origin(hint) is list:
         return f"a list ({_name(get_args(hint)[0])} each)"
+    if get_origin(hint) is dict:
+        return "named tables"
     return {bool: "true or false", int: "an integer", float: "a number", str: "text", list: "a list"}[hint]

@@ -13,8 +13,9 @@ from typing import TextIO
 import torch
 from tqdm import tqdm
 
+from model.batch import PackedBatch
 from model.diffusion.loss_second_moment import LossSecondMoment
-from model.diffusion_lm import DiffusionLM
+from model.diffusion_lm import BatchPlan, DiffusionLM
 from model.flops import training_flops
 from model.moe.parallel import ExpertGroup
 from trainer.checkpoint import Saver
@@ -102,7 +103,7 @@ class TrainingRun:
         self.stopping = self.stop.agreed(self.ranks.control)
         with tqdm(total=last, initial=self.step, desc="training", unit="step", disable=not self.ranks.first,
                   dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 15.0) as bar:
-            for info, micro_batches in self.loader.stream(self.step):
+            for info, micro_batches in self.loader.stream(self.step, self._planned):
                 if self.step >= last or self.stopping:
                     break
                 save = self._train_step(info, micro_batches)
@@ -134,14 +135,14 @@ class TrainingRun:
     def _train_step(self, info: StepInfo, micro_batches: list) -> bool:
         """One step, after which `self.step` is one higher and `self.stopping` up to date. Returns whether a rank was
         asked to save."""
-        model, seed, device = self.model, self.run.train.seed, self.ranks.device
+        seed, device = self.run.train.seed, self.ranks.device
         measured = torch.zeros((), dtype=torch.float64, device=device)
         self.watchdog.beat("train", self.step + 1)
         self.profiler.before(self.step + 1)
         seconds = 0.0
-        for index, batch in enumerate(micro_batches):
+        for index, (batch, plan) in enumerate(micro_batches):
             began = time.perf_counter()
-            plan = model.prepare(batch, device=device, dtype=self.engine.dtype).to(device)
+            plan = plan.to(device)
             draw = training_draw(batch, self.run.model, seed, self.step, self.times).to(device)
             batch = batch.to(device)
             sent = self.expert_group.sent_bytes
@@ -190,6 +191,10 @@ class TrainingRun:
             "loss": loss if math.isfinite(loss) else None, "in_a_row": self.guard.in_a_row})
         self.say(f"step {self.step + 1}: skipped, {trouble.what} ({_named(trouble.ranks)})")
         return False
+    def _planned(self, batch: PackedBatch) -> tuple[PackedBatch, BatchPlan]:
+        """A micro-batch with its plan, which takes the CPU a good part of a GPU's time for the step."""
+        return batch, self.model.prepare(batch, device=self.ranks.device, dtype=self.engine.dtype)
+
 
     def _give_up(self) -> None:
         self.saving.settle(self.step, self._facts())
@@ -287,7 +292,8 @@ class TrainingRun:
 
     def _facts(self) -> dict:
         """What a checkpoint's manifest says beside its files."""
-        facts = {"topology": topology(self.run, self.ds, self.ranks.world), "guard": self.guard.state()}
+        facts = {"topology": topology(self.run, self.ds, self.ranks.world), "guard": self.guard.state(),
+                 "rows_done": self.loader.first_row(self.step)}
         return facts if self.times is None else facts | {"time_sampling": self.times.state()}
 
     def _resume(self) -> int:
@@ -297,6 +303,7 @@ class TrainingRun:
         path, manifest = found
         check_same(path, manifest["topology"], topology(self.run, self.ds, self.ranks.world))
         self.engine.load(path)
+        self.loader.resume(manifest["step"], manifest["rows_done"])
         if self.times is not None:
             self.times.load(manifest["time_sampling"])
         self.guard.load(manifest["guard"])

@@ -157,6 +157,13 @@ MISTAKES = [
             set=("data.row_tokens=16",)),
     Mistake("Run configuration", "a vocabulary smaller than the bytes", "data.vocab_size: is 100; bytes and special "
             "tokens alone take 266: give at least 320", set=("data.vocab_size=100",)),
+    Mistake("Run configuration", "a misspelt key of a named corpus", "data.train.a.wight: is not a key of the run "
+            "configuration (--set); did you mean data.train.a.weight?",
+            set=('data.train={a={documents="train.jsonl", wight=2}}',)),
+    Mistake("Run configuration", "a corpus that no epoch holds", "data.train.a.weight: must be positive, not 0.0",
+            set=('data.train={a={documents="train.jsonl", weight=0}}',)),
+    Mistake("Run configuration", "weights in evaluation", "data.valid.a.weight: only applies to data.train: evaluation "
+            "takes every document once. Remove it", set=('data.valid={a={documents="valid.jsonl", weight=2}}',)),
     Mistake("Run configuration", "several copies of a target in joint conditioning", "data.draws_per_source: is 2, but "
             "in joint conditioning a source has one noised copy: set it to 1, or model.diffusion.conditioning to "
             "cached", set=("model.diffusion.conditioning=joint",)),
@@ -245,6 +252,8 @@ MISTAKES = [
             set=("data.valid=data/proposals/valid.jsonl.gz",)),
     Mistake("Data", "a file in a list that is missing", "data.train: none.jsonl: no such file or folder", 81,
             set=('data.train=["train.jsonl", "none.jsonl"]',)),
+    Mistake("Data", "a named corpus that is missing", "data.train.a.documents: none.jsonl: no such file or folder", 81,
+            set=('data.train={a={documents="none.jsonl"}}',)),
     Mistake("Data", "a folder without documents", "data.train: empty has no files (.jsonl, .json, .jsonl.gz, .json.gz, "
             ".parquet)", 81, set=("data.train=empty",), files={"empty/readme.txt": ""}),
     Mistake("Data", "an empty file", "train.jsonl: is empty", 81, files={"train.jsonl": ""}),

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from trainer.data.config import DataConfig
-from trainer.data.corpus import find_corpus
+from trainer.data.prepare import find_sources
 from trainer.errors import DataError
 
 _ROOT = Path(__file__).resolve().parents[2]
@@ -57,13 +57,11 @@ def problems(plan: dict, node: str) -> Iterator[tuple[str, str]]:
 
 
 def _unreadable(plan: dict, split: str) -> Iterator[tuple[str, str]]:
-    config = DataConfig(**plan["data"])
-    if not getattr(config, split):
-        return
     try:
-        for path in find_corpus(getattr(config, split), split, config).files:
-            with open(path, "rb") as file:
-                file.read(1)
+        for source in find_sources(DataConfig.from_plain(plan["data"]), split):
+            for path in sorted(source.iterdir()) if isinstance(source, Path) else source.files:
+                with open(path, "rb") as file:
+                    file.read(1)
     except (DataError, OSError) as error:
         yield "data", str(error)
 

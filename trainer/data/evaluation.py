@@ -40,7 +40,7 @@ def evaluation_batches(samples: Samples, *, limit: int = 0, indices: Sequence[in
     chosen_P = evaluation_samples(len(samples), limit) if indices is None else np.asarray(indices, np.int64)
     source_P = np.roll(chosen_P, -1) if shuffle_sources else chosen_P
     if shuffle_sources and (len(chosen_P) < 2 or not samples.cache.paired):
-        raise DataError(f"{samples.cache.folder}: sources can only be exchanged between two or more "
+        raise DataError(f"{samples.cache.name}: sources can only be exchanged between two or more "
                         "documents that have one")
     starts = _batch_starts(samples.source_tokens_S[source_P] + samples.draws * samples.canvas_tokens,
                            samples.row_tokens)

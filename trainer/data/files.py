@@ -10,6 +10,9 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import BinaryIO
+
+from trainer.errors import RunError
 
 
 @contextlib.contextmanager
@@ -26,11 +29,14 @@ def locked(path: Path) -> Iterator[bool]:
             yield True
 
 
-def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None]) -> bool:
+def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[Path], None], *,
+               resumable: bool = False) -> bool:
     """Makes `final` (a file or a folder) by `build(temporary path)` and a rename, unless it is there, whole.
 
     Safe to interrupt at any point, and safe when several processes ask at once: one builds, the others wait
-    for it. What an interrupted build left on this host is removed. Returns whether this call built it.
+    for it. What an interrupted build left on this host is removed; or, with `resumable`, given to the next build, which
+    must put files into it whole, and the same ones each time: without common locks two hosts may do it at once. Where
+    the data is at fault (RunError), nothing is left. Returns whether this call built it.
     """
     if is_whole(final):
         return False
@@ -41,17 +47,21 @@ def build_once(final: Path, is_whole: Callable[[Path], bool], build: Callable[[P
         if alone:
             for leftover in final.parent.glob(f"{prefix}*"):
                 _remove(leftover)
-        temporary = final.with_name(prefix + uuid.uuid4().hex[:12])
+        resumable = resumable and alone
+        temporary = final.with_name(f"{final.name}.partial" if resumable else prefix + uuid.uuid4().hex[:12])
         try:
             build(temporary)
             _move(temporary, final, is_whole)
-        finally:
-            _remove(temporary)
+        except BaseException as error:
+            if not resumable or isinstance(error, RunError):
+                _remove(temporary)
+            if not (isinstance(error, OSError) and is_whole(final)):  # otherwise another host was faster
+                raise
     return True
 
 
 def _move(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> None:
-    for path in [*temporary.glob("*"), temporary]:
+    for path in [*temporary.rglob("*"), temporary]:
         sync(path)
     if final.exists() and not is_whole(final):
         _remove(final)
@@ -60,7 +70,17 @@ def _move(temporary: Path, final: Path, is_whole: Callable[[Path], bool]) -> Non
     except OSError:
         if not is_whole(final):  # otherwise another host was faster, without a common lock
             raise
+        _remove(temporary)
     sync(final.parent)
+
+
+def write_whole(path: Path, write: Callable[[BinaryIO], object]) -> None:
+    """Writes a file that is there whole or not at all; two hosts may write the same one at once."""
+    temporary = path.with_name(f"{path.name}.tmp-{uuid.uuid4().hex[:12]}")
+    with open(temporary, "wb") as handle:
+        write(handle)
+    sync(temporary)
+    os.replace(temporary, path)
 
 
 def sync(path: Path) -> None:

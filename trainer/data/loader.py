@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from model.batch import PackedBatch
+from trainer.data.mixture import Mixture, keyed_order
 from trainer.data.packing import Samples, pack
-from trainer.data.rows import RowStream, keyed_order
+from trainer.data.rows import RowStream
 
 _STRATA_KEY = 1  # keeps the strata's permutations apart from the epochs'
 
@@ -44,7 +46,8 @@ class PackedLoader:
     Step s takes rows s * G to (s + 1) * G - 1 of the endless row sequence, G = rows_per_micro_batch *
     accumulation * world; within it, micro-batch a of rank r takes the rows from (a * world + r) *
     rows_per_micro_batch on. So a step is a function of (samples, seed, s) and of G: whatever the world size,
-    the global batch is the same, and to resume exactly nothing needs to be saved but the step's number.
+    the global batch is the same, and to resume exactly nothing needs to be saved but the step and its first row.
+    `resume` with these makes a run go on with the next row even where G has changed.
 
     stratum_C: with D documents in the step, draw r of a document lies in the r-th part of D strata, at a
     place that is shuffled by (seed, step): the draws of a document cover all noise levels, and so do the
@@ -54,16 +57,27 @@ class PackedLoader:
     def __init__(self, samples: Samples, *, rows_per_micro_batch: int, accumulation: int = 1, rank: int = 0,
                  world: int = 1, seed: int = 0, lookahead: int = 256, prefetch: int = 2):
         self.samples = samples
-        self.rows = RowStream(samples.tokens_S, row_tokens=samples.row_tokens, lookahead=lookahead, seed=seed)
+        self.rows = RowStream(samples.tokens_S, Mixture(samples.parts, seed), row_tokens=samples.row_tokens,
+                              lookahead=lookahead)
         self.rows_per_step = rows_per_micro_batch * accumulation * world
         self._micro, self._accumulation = rows_per_micro_batch, accumulation
         self._rank, self._world = rank, world
         self._seed, self._prefetch = seed, prefetch
+        self._origin = (0, 0)
+
+    def resume(self, step: int, row: int) -> None:
+        """Lets `step` begin with `row`, as `first_row` said when the run was saved."""
+        self._origin = (step, row)
+
+    def first_row(self, step: int) -> int:
+        """The row that a step begins with; those before it are done."""
+        origin, row = self._origin
+        return row + (step - origin) * self.rows_per_step
 
     def step(self, step: int) -> tuple[StepInfo, list[PackedBatch]]:
         """The step's facts and this rank's micro-batches, `accumulation` of them."""
         samples, draws = self.samples, self.samples.draws
-        first = step * self.rows_per_step
+        first = self.first_row(step)
         rows = [self.rows[row] for row in range(first, first + self.rows_per_step)]
         starts = np.cumsum([0, *map(len, rows)])
         count = int(starts[-1])
@@ -90,8 +104,10 @@ class PackedLoader:
             loss_tokens=int(samples.loss_tokens_S[chosen].sum()) * samples.draws,
             fill=tokens / (self.rows_per_step * samples.row_tokens))
 
-    def stream(self, start_step: int = 0) -> Iterator[tuple[StepInfo, list[PackedBatch]]]:
-        """Steps from `start_step` on, without end, made ahead in a background thread.
+    def stream(self, start_step: int = 0,
+               finish: Callable[[PackedBatch], Any] = lambda batch: batch) -> Iterator[tuple[StepInfo, list]]:
+        """Steps from `start_step` on, without end, made ahead in a background thread, which also applies `finish` to
+        each micro-batch.
 
         Errors of the thread are raised here. Closing the iterator (or dropping it) ends the thread.
         """
@@ -109,7 +125,8 @@ class PackedLoader:
             step = start_step
             try:
                 while not closed.is_set():
-                    put(self.step(step))
+                    info, batches = self.step(step)
+                    put((info, [finish(batch) for batch in batches]))
                     step += 1
             except BaseException as error:
                 put(error)

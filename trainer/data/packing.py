@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
-from model.batch import PackedBatch
 from model.errors import ConfigError
+from trainer.data.mixture import Part
 from trainer.data.token_cache import TokenCache
 from trainer.errors import DataError
+
+if TYPE_CHECKING:
+    from model.batch import PackedBatch
 
 
 @dataclass(frozen=True)
@@ -38,40 +42,39 @@ class Samples:
     A sample takes tokens_S = source_tokens_S + draws * max_target_tokens tokens of a row; where that exceeds
     `row_tokens`, its source is cut further. ConfigError if not even the canvases fit.
 
-    Arrays over samples: document_S (index in the corpus), start_S (first target token), source_tokens_S,
-    loss_tokens_S (text and </s>), tokens_S.
+    Arrays over samples: document_S (index in the cache), start_S (first target token), source_tokens_S,
+    loss_tokens_S (text and </s>), tokens_S. `parts` are the corpora: their names, samples and weights.
     """
 
     def __init__(self, cache: TokenCache, *, max_source_tokens: int, max_target_tokens: int, row_tokens: int,
-                 draws: int = 1):
+                 draws: int = 1, weights: Mapping[str, float] | None = None):
         self.cache, self.draws = cache, draws
         self.row_tokens, self.canvas_tokens = row_tokens, max_target_tokens
         room = row_tokens - draws * max_target_tokens
-        if room < (3 if cache.paired else 0):
+        paired_N, lengths_N = cache.paired_N, cache.target_lengths_N
+        if room < (3 if paired_N.any() else 0):
             raise ConfigError("data.row_tokens", f"{row_tokens} tokens cannot hold data.draws_per_source x "
                               f"data.max_target_tokens = {draws} x {max_target_tokens} tokens"
-                              f"{' and a source' if cache.paired else ''}: raise it or lower the others")
-        lengths_N = cache.target_lengths_N
-        if cache.paired:
-            wanted_N = cache.source_lengths_N + 2
-            limited_N = np.minimum(wanted_N, max_source_tokens) if max_source_tokens else wanted_N
-            self.document_S = np.arange(len(cache))
-            self.start_S = np.zeros(len(cache), np.int64)
-            self.source_tokens_S = np.minimum(limited_N, room)
-            self.sources_cut = int((limited_N < wanted_N).sum())
-            self.sources_cut_to_row = int((self.source_tokens_S < limited_N).sum())
-            self.targets_cut = int((lengths_N + 1 > max_target_tokens).sum())
-        else:
-            chunks_N = -(-lengths_N // max_target_tokens)
-            self.document_S = np.repeat(np.arange(len(cache)), chunks_N)
-            self.start_S = _counting(chunks_N) * max_target_tokens
-            self.source_tokens_S = np.zeros(len(self.document_S), np.int64)
-            self.sources_cut = self.sources_cut_to_row = self.targets_cut = 0
+                              f"{' and a source' if paired_N.any() else ''}: raise it or lower the others")
+        wanted_N = np.where(paired_N, cache.source_lengths_N + 2, 0)
+        limited_N = np.minimum(wanted_N, max_source_tokens) if max_source_tokens else wanted_N
+        fitting_N = np.minimum(limited_N, room)
+        self.sources_cut = int((limited_N < wanted_N).sum())
+        self.sources_cut_to_row = int((fitting_N < limited_N).sum())
+        self.targets_cut = int(((lengths_N + 1 > max_target_tokens) & paired_N).sum())
+        chunks_N = np.where(paired_N, 1, -(-lengths_N // max_target_tokens))
+        self.document_S = np.repeat(np.arange(len(cache)), chunks_N)
+        self.start_S = _counting(chunks_N) * max_target_tokens
+        self.source_tokens_S = fitting_N[self.document_S]
         text_S = np.minimum(lengths_N[self.document_S] - self.start_S, max_target_tokens)
         self.loss_tokens_S = text_S + (text_S < max_target_tokens)
         self.tokens_S = self.source_tokens_S + draws * max_target_tokens
+        bounds = np.searchsorted(self.document_S, cache.bounds).tolist()
+        weights = weights or {str(folder): 1.0 for folder in cache.folders}
+        self.parts = [Part(name, low, high, weight)
+                      for (name, weight), (low, high) in zip(weights.items(), pairwise(bounds), strict=True)]
         if not len(self):
-            raise DataError(f"{cache.folder}: the corpus has no text to train on")
+            raise DataError(f"{cache.name}: the corpus has no text to train on")
 
     def __len__(self) -> int:
         return len(self.document_S)
@@ -108,13 +111,21 @@ class Samples:
         return counts
 
     def describe(self) -> str:
-        """One line on size and on what was cut."""
+        """One line on size and on what was cut; where there are several corpora, one more on each."""
         share = len(self) / 100
-        return (f"{len(self.cache):,} documents, {len(self):,} samples, {self.source_tokens_S.sum():,} "
-                f"source and {self.loss_tokens_S.sum():,} target tokens; cut: "
-                f"{self.sources_cut / share:.1f} % of sources to their limit, "
-                f"{self.sources_cut_to_row / share:.1f} % to the row, "
-                f"{self.targets_cut / share:.1f} % of targets")
+        lines = [f"{len(self.cache):,} documents, {len(self):,} samples, {self.source_tokens_S.sum():,} "
+                 f"source and {self.loss_tokens_S.sum():,} target tokens; cut: "
+                 f"{self.sources_cut / share:.1f} % of sources to their limit, "
+                 f"{self.sources_cut_to_row / share:.1f} % to the row, "
+                 f"{self.targets_cut / share:.1f} % of targets"]
+        if len(self.parts) > 1:
+            tokens = [self.tokens_S[part.low:part.high].mean() * part.samples_per_epoch if len(part) else 0
+                      for part in self.parts]
+            samples = sum(part.samples_per_epoch for part in self.parts)
+            lines += [f"  {part.name}: {part.samples_per_epoch:,} of an epoch's {samples:,} samples "
+                      f"({part.weight:g} x {len(part):,}), {count / sum(tokens):.1%} of its tokens"
+                      for part, count in zip(self.parts, tokens, strict=True)]
+        return "\n".join(lines)
 
 
 def source_segment(ids: Sequence[int] | np.ndarray, max_tokens: int, bos_id: int, eos_id: int) -> np.ndarray:
@@ -130,6 +141,10 @@ def pack(segments: Sequence[Segment], row_D: np.ndarray, rows: int, stratum_DR: 
     row_D: the row a document lies in, of `rows`. stratum_DR: place of every copy among the `strata` copies of
     the global batch. Result on the CPU, integers int64.
     """
+    import torch  # here, so that processes that only prepare documents start in a fraction of the time and memory
+
+    from model.batch import PackedBatch
+
     documents, draws = stratum_DR.shape
     source_D = np.array([len(s.source) for s in segments], np.int64)
     loss_D = np.array([s.loss_tokens for s in segments], np.int64)

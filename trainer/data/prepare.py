@@ -10,15 +10,22 @@ from model.errors import ConfigError
 from trainer.data.config import DataConfig
 from trainer.data.corpus import REPOSITORY, Corpus, find_corpus
 from trainer.data.packing import Samples
-from trainer.data.token_cache import TokenCache, open_token_cache
+from trainer.data.records import texts
+from trainer.data.token_cache import TokenCache, is_token_cache, open_token_cache
 from trainer.data.vocabulary import TRAINING_CHARACTERS, Vocabulary, train_vocabulary
+from trainer.data.workers import local_workers
 
 SPLITS = ("train", "valid", "test")
+VOCABULARY = "vocabulary.model"
+"""Name of the vocabulary in a folder of tokenized corpora."""
+
+Source = Corpus | Path
+"""Documents to tokenize, or the folder of a tokenized corpus."""
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    """The vocabulary, and the tokenized corpus of each split that was asked for and configured."""
+    """The vocabulary, and the tokenized corpora of each split that was asked for and configured."""
 
     config: DataConfig
     vocabulary: Vocabulary
@@ -35,7 +42,7 @@ class PreparedData:
         more = (draws - config.draws_per_source) * config.max_target_tokens
         return Samples(self.caches[split], max_source_tokens=config.max_source_tokens,
                        max_target_tokens=config.max_target_tokens, row_tokens=config.row_tokens + more,
-                       draws=draws)
+                       draws=draws, weights={name: part.weight for name, part in config.corpora(split).items()})
 
 
 def prepare(config: DataConfig, *, splits: tuple[str, ...] = SPLITS, progress: bool = False) -> PreparedData:
@@ -45,26 +52,54 @@ def prepare(config: DataConfig, *, splits: tuple[str, ...] = SPLITS, progress: b
     works shows a bar. Raises ConfigError and DataError.
     """
     config.validate()
-    corpora = {split: find_corpus(getattr(config, split), split, config)
-               for split in splits if getattr(config, split)}
+    found = {split: find_sources(config, split) for split in splits if config.corpora(split)}
     try:
         Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
-        vocabulary = open_vocabulary(config, corpora.get("train"))
-        caches = {split: open_token_cache(corpus, vocabulary, config.cache_dir, progress=progress)
-                  for split, corpus in corpora.items()}
+        vocabulary = open_vocabulary(config, found.get("train"))
+        with local_workers(config.workers) as workers:
+            folders = {split: [source if isinstance(source, Path) else open_token_cache(
+                source, vocabulary, config.cache_dir, workers=workers, progress=progress).folders[0]
+                for source in sources] for split, sources in found.items()}
     except OSError as error:  # documents that cannot be read are DataErrors
         raise ConfigError("data.cache_dir", f"{config.cache_dir} cannot be written: {error.strerror or error}. Make "
                           "room, or give another folder") from error
+    caches = {split: TokenCache(*paths) for split, paths in folders.items()}
+    for split, cache in caches.items():
+        if cache.vocabulary != vocabulary.digest:
+            raise ConfigError("data.vocabulary", f"{vocabulary.path} is not what data.{split} was tokenized with: name "
+                              f"the {VOCABULARY} that was made with {cache.name}")
     return PreparedData(config, vocabulary, caches)
 
 
-def open_vocabulary(config: DataConfig, train: Corpus | None = None) -> Vocabulary:
-    """The vocabulary that the configuration names, trained first where it says so."""
+def find_sources(config: DataConfig, split: str) -> list[Source]:
+    """The corpora of a split, in the order of the configuration. Raises DataError where nothing is there."""
+    sources = []
+    for name, corpus in config.corpora(split).items():
+        key = f"data.{split}.{name}.documents" if isinstance(getattr(config, split), dict) else f"data.{split}"
+        folder = _tokenized(corpus.documents)
+        sources.append(folder or find_corpus(corpus, split, config.cache_dir, key))
+    return sources
+
+
+def _tokenized(documents: str | list[str]) -> Path | None:
+    """The folder of a tokenized corpus, if `documents` is one."""
+    path = Path(documents if isinstance(documents, str) else "").expanduser()
+    return next((folder for folder in (path, REPOSITORY / path) if is_token_cache(folder)), None)
+
+
+def open_vocabulary(config: DataConfig, train: list[Source] | None = None) -> Vocabulary:
+    """The vocabulary that the configuration names, trained first where it says so and `train` (by default what the
+    configuration names) is not tokenized yet."""
     if config.vocabulary != "train":
         path = Path(config.vocabulary).expanduser()
         shipped = REPOSITORY / path
         return Vocabulary(shipped if shipped.exists() and not path.exists() else path)
-    corpus = train or find_corpus(config.train, "train", config)
-    key = hashlib.sha256(f"{corpus.digest} {config.vocab_size} {TRAINING_CHARACTERS}".encode()).hexdigest()
+    sources = train or find_sources(config, "train")
+    tokenized = [source for source in sources if isinstance(source, Path)]
+    if tokenized:
+        return Vocabulary(tokenized[0].parent / VOCABULARY)
+    digests = " ".join(corpus.digest for corpus in sources)
+    key = hashlib.sha256(f"{digests} {config.vocab_size} {TRAINING_CHARACTERS}".encode()).hexdigest()
     path = Path(config.cache_dir).absolute() / "vocabularies" / f"{key[:24]}.model"
-    return train_vocabulary(corpus.texts(), path, config.vocab_size)
+    return train_vocabulary((text for corpus in sources for text in texts(corpus.blocks(), corpus.reader)), path,
+                            config.vocab_size)

@@ -7,26 +7,7 @@ from threading import Lock
 
 import numpy as np
 
-
-def keyed_order(count: int, *keys: int) -> np.ndarray:
-    """A permutation of `count` things that depends on the integer keys alone, on every machine and
-    version."""
-    state = np.uint64(0)
-    for key in keys:
-        state = _mix(state + np.uint64(key % (1 << 64)))
-    return np.argsort(_mix(state + np.arange(count, dtype=np.uint64) * _GOLDEN), kind="stable")
-
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-
-
-def _mix(x: np.ndarray | np.uint64) -> np.ndarray | np.uint64:
-    """SplitMix64 (Steele et al. 2014): its increment and its finalizer."""
-    with np.errstate(over="ignore"):
-        x = x + _GOLDEN
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return x ^ (x >> np.uint64(31))
+from trainer.data.mixture import Mixture
 
 
 def pack_rows(tokens_S: np.ndarray, order_S: np.ndarray, row_tokens: int,
@@ -69,14 +50,14 @@ def pack_rows(tokens_S: np.ndarray, order_S: np.ndarray, row_tokens: int,
 class RowStream:
     """Rows of all epochs in one sequence: row numbers go on from an epoch to the next.
 
-    An epoch holds every sample exactly once, in an order given by (seed, epoch). Rows never mix epochs. To
+    What an epoch holds, and in which order, the mixture says. Rows never mix epochs. To
     find a row, the number of rows in each earlier epoch must be known: the first access to a late epoch packs
     those before it once (about a microsecond a sample and epoch); all later ones are immediate. Safe to share
     between threads.
     """
 
-    def __init__(self, tokens_S: np.ndarray, *, row_tokens: int, lookahead: int, seed: int):
-        self._tokens_S, self._row_tokens, self._lookahead, self._seed = tokens_S, row_tokens, lookahead, seed
+    def __init__(self, tokens_S: np.ndarray, mixture: Mixture, *, row_tokens: int, lookahead: int):
+        self._tokens_S, self._mixture, self._row_tokens, self._lookahead = tokens_S, mixture, row_tokens, lookahead
         self._ends: list[int] = []  # row number behind the last of each epoch
         self._recent: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._lock = Lock()
@@ -100,13 +81,12 @@ class RowStream:
     def fill_rate(self, epoch: int = 0) -> float:
         """Share of an epoch's rows that is tokens."""
         with self._lock:
-            _, starts = self._epoch(epoch)
-        return float(self._tokens_S.sum() / ((len(starts) - 1) * self._row_tokens))
+            samples, starts = self._epoch(epoch)
+        return float(self._tokens_S[samples].sum() / ((len(starts) - 1) * self._row_tokens))
 
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._recent:
-            order_S = keyed_order(len(self._tokens_S), self._seed, epoch)
-            packed = pack_rows(self._tokens_S, order_S, self._row_tokens, self._lookahead)
+            packed = pack_rows(self._tokens_S, self._mixture.epoch(epoch), self._row_tokens, self._lookahead)
             if epoch == len(self._ends):
                 self._ends.append((self._ends[-1] if self._ends else 0) + len(packed[1]) - 1)
             while len(self._recent) >= 2:  # a step may reach from one epoch into the next

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import sentencepiece
 
 from trainer.data.files import build_once
@@ -45,9 +47,17 @@ class Vocabulary:
                 raise DataError(f"{path}: the vocabulary has no {name} token; train one with "
                                 "--bos_id, --eos_id and --pad_id, or let data.vocabulary be `train`")
 
-    def encode(self, texts: Sequence[str], threads: int = 1) -> list[list[int]]:
+    def __reduce__(self) -> tuple:
+        """Pickles as the path: a process that is sent many tasks reads the model once."""
+        return _opened, (self.path.absolute(),)
+
+    def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without special tokens."""
-        return self._processor.encode(list(texts), num_threads=threads)
+        return self._processor.encode(list(texts))
+
+    def encode_arrays(self, texts: Sequence[str]) -> list[np.ndarray]:
+        """The same as int32 arrays, in less than half the time."""
+        return self._processor.encode(list(texts), num_threads=1, return_type="numpy")
 
     def decode(self, ids: Iterable[Iterable[int]]) -> list[str]:
         """Texts of sequences of ids. A text ends at its first </s>; <bos> and <pad> are left out."""
@@ -63,21 +73,44 @@ class Vocabulary:
         return kept
 
 
+@functools.cache
+def _opened(path: Path) -> Vocabulary:
+    return Vocabulary(path)
+
+
 def train_vocabulary(texts: Iterable[str], path: str | Path, vocab_size: int,
                      characters: int = TRAINING_CHARACTERS) -> Vocabulary:
-    """Trains a unigram vocabulary of `vocab_size` pieces and writes it to `path`, atomically, unless it is
-    there.
+    """`vocabulary_model` of these texts, written to `path`, atomically, unless it is there."""
+    def build(temporary: Path) -> None:
+        temporary.write_bytes(vocabulary_model(texts, vocab_size, characters))
+
+    build_once(Path(path), Path.is_file, build)
+    return Vocabulary(path)
+
+
+def vocabulary_model(texts: Iterable[str], vocab_size: int, characters: int = TRAINING_CHARACTERS) -> bytes:
+    """A unigram vocabulary of `vocab_size` pieces, trained on `texts`: the content of a sentencepiece model file.
 
     The same texts give the same bytes. Every byte is a piece, so that no text is out of vocabulary. At most
     `characters` are used, taken as every n-th line of all texts. The one character that is not given back is
     U+2581, which sentencepiece uses for the space.
     Raises DataError where the texts do not hold enough different pieces.
     """
-    def build(temporary: Path) -> None:
-        temporary.write_bytes(_train(_sample_lines(texts, characters), vocab_size))
-
-    build_once(Path(path), Path.is_file, build)
-    return Vocabulary(path)
+    lines = _sample_lines(texts, characters)
+    if not lines:
+        raise DataError("data.train: the documents hold no text to train a vocabulary on")
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+            byte_fallback=True, split_digits=True, user_defined_symbols=_SPACING,
+            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=PAD_ID,
+            num_threads=_THREADS, minloglevel=2)
+    except RuntimeError as error:
+        raise DataError(f"data.vocab_size = {vocab_size}: no vocabulary of this size can be trained on "
+                        f"{len(lines)} lines of text: {str(error).rpartition('] ')[2].strip()}") from None
+    return model.getvalue()
 
 
 def _sample_lines(texts: Iterable[str], characters: int) -> list[str]:
@@ -100,20 +133,3 @@ def _lines(text: str) -> Iterator[str]:
     for line in text.split("\n"):
         for start in range(0, len(line), _LINE):
             yield line[start:start + _LINE]
-
-
-def _train(lines: list[str], vocab_size: int) -> bytes:
-    if not lines:
-        raise DataError("data.train: the documents hold no text to train a vocabulary on")
-    model = io.BytesIO()
-    try:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=vocab_size,
-            byte_fallback=True, split_digits=True, user_defined_symbols=_SPACING,
-            normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=PAD_ID,
-            num_threads=_THREADS, minloglevel=2)
-    except RuntimeError as error:
-        raise DataError(f"data.vocab_size = {vocab_size}: no vocabulary of this size can be trained on "
-                        f"{len(lines)} lines of text: {str(error).rpartition('] ')[2].strip()}") from None
-    return model.getvalue()

@@ -3,9 +3,10 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from trainer.data.config import DataConfig
+from trainer.data.config import CorpusConfig
 from trainer.data.corpus import find_corpus
 from trainer.data.token_cache import open_token_cache
 
@@ -18,8 +19,14 @@ class NumberVocabulary:
     def __init__(self, size=1000):
         self.size, self.digest = size, f"numbers {size}"
 
-    def encode(self, texts, threads=1):
-        return [[int(word) for word in text.split()] for text in texts]
+    def encode_arrays(self, texts):
+        return [np.array([int(word) for word in text.split()], np.int32) for text in texts]
+
+
+def local(path, **fields):
+    """The corpus in a file, with the usual fields."""
+    fields = {"source_field": "src", "target_field": "trg", "text_field": "text"} | fields
+    return find_corpus(CorpusConfig(documents=str(path), **fields), "train", "/nowhere")
 
 
 @pytest.fixture
@@ -46,6 +53,5 @@ def cache_of(tmp_path, write_jsonl):
 
         path = write_jsonl([{"src": text(d[0]), "trg": text(d[1])} if isinstance(d, tuple)
                             else {"text": text(d)} for d in documents])
-        corpus = find_corpus(str(path), "train", DataConfig(cache_dir=str(tmp_path / "cache")))
-        return open_token_cache(corpus, NumberVocabulary(), tmp_path / "cache")
+        return open_token_cache(local(path), NumberVocabulary(), tmp_path / "cache")
     return make

@@ -68,6 +68,30 @@ def test_epochs_cover_every_document_exactly(samples, world, micro, accumulation
     assert found == Counter([*range(53)] * 2)
 
 
+def test_interrupted_epochs_hold_every_document_exactly_twice(samples):
+    """Starts of 1 to 4 ranks, each from where the one before was saved, some with another global batch; a killed one
+    has worked ahead."""
+    starts = [(2, 1, 2, 3), (4, 1, 1, 2), (1, 2, 2, 0), (3, 1, 1, 2), (2, 2, 1, 1), (1, 1, 1, 99)]
+    step, row, found = 0, 0, Counter()
+    rows = PackedLoader(samples, rows_per_micro_batch=1, seed=6).rows
+    end = sum(rows.locate(first)[2] for first in (0, rows.locate(0)[2]))  # of two epochs
+    for world, micro, accumulation, steps in starts:
+        ranks = loaders(samples, world, micro, accumulation, seed=6)
+        for loader in ranks:
+            loader.resume(step, row)
+        streams = [loader.stream(step) for loader in ranks]
+        for results in zip(*streams, strict=True):
+            if not steps or row == end:
+                break
+            found.update(document[0] for _, batches in results for batch in batches for document in documents_of(batch))
+            step, steps = step + 1, steps - 1
+            row = ranks[0].first_row(step)
+        for stream in streams:
+            stream.close()
+    assert row == end and step > 20
+    assert found == Counter([*range(53)] * 2)
+
+
 def test_restart_at_any_step_is_exact(samples):
     ran = PackedLoader(samples, rows_per_micro_batch=2, accumulation=2, rank=1, world=2, seed=8)
     steps = [ran.step(step) for step in range(12)]
@@ -154,6 +178,15 @@ def test_stream_reports_errors_and_ends_its_thread(samples, monkeypatch):
     next(another)
     another.close()
     assert "data loader" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_batches_are_finished_in_the_thread(samples):
+    loader = PackedLoader(samples, rows_per_micro_batch=2, accumulation=2)
+    stream = loader.stream(3, lambda batch: (threading.current_thread().name, batch))
+    info, finished = next(stream)
+    stream.close()
+    assert info.step == 3 and [name for name, _ in finished] == ["data loader"] * 2
+    assert all(equal(batch, want) for (_, batch), want in zip(finished, loader.step(3)[1], strict=True))
 
 
 def test_stream_works_ahead(samples, monkeypatch):

@@ -7,6 +7,7 @@ from trainer.data import prepare as module
 from trainer.data.config import DataConfig
 from trainer.data.loader import PackedLoader
 from trainer.data.prepare import prepare
+from trainer.data.records import documents
 from trainer.errors import DataError
 
 
@@ -28,8 +29,8 @@ def test_bundled_documents_reach_the_batch(config, prepared):
     assert len(samples) == 133 and samples.draws == 2 and prepared.samples("valid", draws=1).draws == 1
     _, (batch,) = PackedLoader(samples, rows_per_micro_batch=1).step(0)
     text = prepared.vocabulary.decode([batch.tokens_T[batch.in_loss_T & (batch.copy_T == 0)]])[0]
-    corpus = module.find_corpus(config.train, "train", config)
-    targets = [target for _, batch in corpus.batches() for target in batch]
+    (corpus,) = module.find_sources(config, "train")
+    targets = [target for block in corpus.blocks() for target in documents(block, corpus.reader)[1]]
     assert targets[int(batch.sample_C[0])].startswith(text) and len(text) > 20
 
 
@@ -43,10 +44,10 @@ def test_other_draws_keep_the_sources_of_training(config, prepared, draws):
 
 
 def test_second_time_finds_everything(config, prepared, monkeypatch):
-    monkeypatch.setattr(module.Corpus, "batches", None)
+    monkeypatch.setattr(module.Corpus, "blocks", None)
     again = prepare(config)
     assert again.vocabulary.digest == prepared.vocabulary.digest
-    assert again.caches["train"].folder == prepared.caches["train"].folder
+    assert again.caches["train"].folders == prepared.caches["train"].folders
 
 
 def test_vocabulary_of_another_run(config, prepared, tmp_path):
@@ -68,6 +69,7 @@ def test_vocabulary_comes_from_the_training_documents_whatever_is_prepared(confi
     ("max_source_tokens", 2, "must be 0 (no limit) or at least 3 (<bos>, a token, </s>), not 2"),
     ("train", "", "is empty"),
     ("cache_dir", "", "is empty"),
+    ("workers", -1, "must be 0 (one for each core) or positive, not -1"),
     ("row_tokens", 127, "127 tokens cannot hold data.draws_per_source x data.max_target_tokens = 2 x 64"),
 ])
 def test_impossible_values_are_refused(config, key, value, problem):

@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from trainer.data.rows import RowStream, _mix, keyed_order, pack_rows
+from trainer.data.mixture import Mixture, Part, _mix, keyed_order
+from trainer.data.rows import RowStream, pack_rows
 
 
 def test_hash_is_splitmix64():
@@ -54,9 +55,14 @@ def test_rows_equal_reference(lookahead, longest):
     assert max(tokens[row].sum() for row in rows) <= 100
 
 
+def stream_of(tokens, seed, **more):
+    """Rows of a single corpus."""
+    return RowStream(tokens, Mixture([Part("all", 0, len(tokens), 1.0)], seed), **more)
+
+
 def test_lookahead_fills_rows():
     tokens = np.random.default_rng(0).integers(300, 4000, 3000)
-    fills = [RowStream(tokens, row_tokens=8192, lookahead=lookahead, seed=1).fill_rate()
+    fills = [stream_of(tokens, row_tokens=8192, lookahead=lookahead, seed=1).fill_rate()
              for lookahead in (1, 256)]
     assert fills[0] < 0.85 and fills[1] > 0.98
 
@@ -64,7 +70,7 @@ def test_lookahead_fills_rows():
 @pytest.mark.parametrize("seed", [0, 5])
 def test_every_epoch_holds_every_sample_once(seed):
     tokens = np.random.default_rng(seed).integers(1, 60, 97)
-    stream = RowStream(tokens, row_tokens=100, lookahead=8, seed=seed)
+    stream = stream_of(tokens, row_tokens=100, lookahead=8, seed=seed)
     row, orders = 0, []
     for epoch in range(5):
         found, place = [], 0
@@ -80,9 +86,9 @@ def test_every_epoch_holds_every_sample_once(seed):
 
 def test_access_in_any_order_is_the_same():
     tokens = np.random.default_rng(2).integers(1, 60, 50)
-    forward = RowStream(tokens, row_tokens=100, lookahead=8, seed=9)
+    forward = stream_of(tokens, row_tokens=100, lookahead=8, seed=9)
     rows = [forward[row].tolist() for row in range(120)]
-    jumping = RowStream(tokens, row_tokens=100, lookahead=8, seed=9)
+    jumping = stream_of(tokens, row_tokens=100, lookahead=8, seed=9)
     for row in [119, 0, 60, 30, 118, 1, 90]:
         assert jumping[row].tolist() == rows[row]
 
@@ -90,7 +96,7 @@ def test_access_in_any_order_is_the_same():
 def test_work_for_late_rows_is_done_once(monkeypatch):
     packed = []
     monkeypatch.setattr("trainer.data.rows.pack_rows", lambda *args: packed.append(1) or pack_rows(*args))
-    stream = RowStream(np.full(10, 10), row_tokens=50, lookahead=4, seed=0)  # two rows an epoch
+    stream = stream_of(np.full(10, 10), row_tokens=50, lookahead=4, seed=0)  # two rows an epoch
     assert stream.locate(20_000) == (10_000, 0, 2)
     assert len(packed) == 10_001
     for row in range(19_990, 20_002):

@@ -6,9 +6,9 @@ import time
 import numpy as np
 import pytest
 
+from tests.trainer.data.conftest import local
 from trainer.data import token_cache
-from trainer.data.config import DataConfig
-from trainer.data.corpus import Corpus, find_corpus
+from trainer.data.corpus import Corpus
 from trainer.data.token_cache import open_token_cache
 from trainer.errors import DataError
 
@@ -19,7 +19,7 @@ DOCUMENTS = [([5, 6], [7]), ([], [8, 9, 10]), ([11], [])]
 def corpus(tmp_path, write_jsonl):
     path = write_jsonl([{"src": " ".join(map(str, source)), "trg": " ".join(map(str, target))}
                         for source, target in DOCUMENTS])
-    return find_corpus(str(path), "train", DataConfig(cache_dir=str(tmp_path / "cache")))
+    return local(path)
 
 
 def contents(cache):
@@ -35,68 +35,71 @@ def test_holds_every_token(tmp_path, corpus, numbers, size, kind):
     cache = open_token_cache(corpus, numbers(size), tmp_path / "cache")
     assert contents(cache) == DOCUMENTS
     assert cache.source(0).dtype == kind
+    assert cache.paired_N.all() and cache.bounds.tolist() == [0, 3]
     assert cache.source_lengths_N.tolist() == [2, 0, 1] and cache.target_lengths_N.tolist() == [1, 3, 0]
     assert cache.target(1, 1, 9).tolist() == [9, 10] and cache.target(1, 0, 2).tolist() == [8, 9]
-    assert (cache.paired, cache.bos_id, cache.eos_id, cache.pad_id, cache.vocab_size) == (True, 1, 2, 3, size)
+    assert (cache.bos_id, cache.eos_id, cache.pad_id, cache.vocab_size) == (1, 2, 3, size)
 
 
 def test_many_documents_and_texts(cache_of):
     documents = [list(range(4, 4 + i % 7)) for i in range(700)]  # several batches
     cache = cache_of(documents)
-    assert not cache.paired and contents(cache) == [([], document) for document in documents]
+    assert not cache.paired_N.any() and contents(cache) == [([], document) for document in documents]
 
 
 def test_second_time_reads_no_document(tmp_path, corpus, numbers, monkeypatch):
     open_token_cache(corpus, numbers(), tmp_path / "cache")
-    monkeypatch.setattr(Corpus, "batches", None)
-    again = find_corpus([str(corpus.files[0])], "valid", DataConfig(cache_dir=str(tmp_path / "cache")))
-    assert contents(open_token_cache(again, numbers(), tmp_path / "cache")) == DOCUMENTS
+    monkeypatch.setattr(Corpus, "blocks", None)
+    assert contents(open_token_cache(local(corpus.files[0]), numbers(), tmp_path / "cache")) == DOCUMENTS
 
 
 def test_another_vocabulary_or_content_is_another_cache(tmp_path, corpus, numbers):
     open_token_cache(corpus, numbers(), tmp_path / "cache")
     open_token_cache(corpus, numbers(2000), tmp_path / "cache")
     corpus.files[0].write_text('{"src": "1", "trg": "2"}\n')
-    changed = find_corpus(str(corpus.files[0]), "train", DataConfig(cache_dir=str(tmp_path / "cache")))
+    changed = local(corpus.files[0])
     assert contents(open_token_cache(changed, numbers(), tmp_path / "cache")) == [([1], [2])]
     assert len(folders(tmp_path)) == 3
 
 
 def test_failed_build_leaves_nothing(tmp_path, corpus, numbers):
     broken = numbers()
-    broken.encode = lambda *_: 1 / 0
-    with pytest.raises(ZeroDivisionError):
+    def fail(texts):
+        raise DataError("bad")
+
+    broken.encode_arrays = fail
+    with pytest.raises(DataError, match="bad"):
         open_token_cache(corpus, broken, tmp_path / "cache")
     assert folders(tmp_path) == []
 
 
-@pytest.mark.parametrize("damage", ["source.tokens", "target.starts", "manifest.json"])
+@pytest.mark.parametrize("damage", ["00000.tokens", "00000.lengths.npy", "manifest.json"])
 def test_damaged_cache_is_built_again(tmp_path, corpus, numbers, damage):
     cache = open_token_cache(corpus, numbers(), tmp_path / "cache")
-    path = cache.folder / damage
+    path = cache.folders[0] / damage
     path.write_bytes(path.read_bytes()[:-1])
     assert contents(open_token_cache(corpus, numbers(), tmp_path / "cache")) == DOCUMENTS
-    assert folders(tmp_path) == [cache.folder.name]
+    assert folders(tmp_path) == [cache.folders[0].name]
 
 
 def test_faulty_corpus(tmp_path, numbers, write_jsonl):
     path = write_jsonl([{"src": "1", "trg": "2"}, {"src": "1"}])
-    corpus = find_corpus(str(path), "train", DataConfig(cache_dir=str(tmp_path / "cache")))
+    corpus = local(path)
     with pytest.raises(DataError, match=r"corpus\.jsonl:2: needs fields"):
         open_token_cache(corpus, numbers(), tmp_path / "cache")
 
 
 def _open_slowly(corpus, vocabulary, cache_dir, started, log):
-    encode = vocabulary.encode
+    encode = vocabulary.encode_arrays
 
-    def slow(texts, threads):
+    def slow(texts):
         started.set()
         with open(log, "a") as handle:
             handle.write(f"{os.getpid()}\n")
         time.sleep(0.4)
-        return encode(texts, threads)
+        return encode(texts)
 
-    vocabulary.encode = slow
+    vocabulary.encode_arrays = slow
     assert contents(open_token_cache(corpus, vocabulary, cache_dir)) == DOCUMENTS
 
 
@@ -104,7 +107,6 @@ def _open_slowly(corpus, vocabulary, cache_dir, started, log):
 def process(tmp_path, corpus, numbers):
     """Starts a process that opens the cache, slowly if it has to build it."""
     context = multiprocessing.get_context("fork")
-    len(corpus)  # loaded before the fork
     running = []
 
     def start():
@@ -125,19 +127,19 @@ def test_one_of_several_processes_builds(tmp_path, process):
         child.join(30)
     assert [child.exitcode for child in children] == [0, 0, 0]
     builders = (tmp_path / "log").read_text().split()
-    assert len(builders) == 2 and len(set(builders)) == 1, "one process, once for sources and once for targets"
+    assert len(builders) == 1, "one process, for one batch of texts"
 
 
-def test_killed_build_is_cleaned_up(tmp_path, process, corpus, numbers):
+def test_killed_build_is_gone_on_with(tmp_path, process, corpus, numbers):
     child, started = process()
     assert started.wait(30)
     child.kill()
     child.join(30)
     assert child.exitcode == -signal.SIGKILL
     (left,) = folders(tmp_path)
-    assert ".tmp-" in left
+    assert left.endswith(".partial")
     cache = open_token_cache(corpus, numbers(), tmp_path / "cache")
-    assert contents(cache) == DOCUMENTS and folders(tmp_path) == [cache.folder.name]
+    assert contents(cache) == DOCUMENTS and folders(tmp_path) == [cache.folders[0].name]
 
 
 def test_without_locks_it_is_built_twice_harmlessly(tmp_path, process, corpus, numbers, monkeypatch):
@@ -147,6 +149,6 @@ def test_without_locks_it_is_built_twice_harmlessly(tmp_path, process, corpus, n
         child.join(30)
     assert [child.exitcode for child in children] == [0, 0]
     assert len(set((tmp_path / "log").read_text().split())) == 2
-    monkeypatch.setattr(token_cache, "_write", None)
+    monkeypatch.setattr(token_cache, "write_token_cache", None)
     assert contents(open_token_cache(corpus, numbers(), tmp_path / "cache")) == DOCUMENTS
     assert len(folders(tmp_path)) == 1

@@ -33,7 +33,8 @@ def test_gives_text_back(vocabulary, text):
 
 
 def test_gives_documents_back(vocabulary, documents):
-    encoded = vocabulary.encode(documents, threads=2)
+    encoded = vocabulary.encode(documents)
+    assert encoded == [ids.tolist() for ids in vocabulary.encode_arrays(documents)]
     assert vocabulary.decode(encoded) == documents
     assert encoded == [vocabulary.encode([text])[0] for text in documents]
     assert vocabulary.unk_id not in {token for ids in encoded for token in ids}
