@@ -195,7 +195,6 @@ class TrainingRun:
         """A micro-batch with its plan, which takes the CPU a good part of a GPU's time for the step."""
         return batch, self.model.prepare(batch, device=self.ranks.device, dtype=self.engine.dtype)
 
-
     def _give_up(self) -> None:
         self.saving.settle(self.step, self._facts())
         raise NumericalError(
