@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -30,11 +31,13 @@ _SLOWEST_WRITE = timedelta(hours=2)
 @dataclass(frozen=True)
 class SaveOutcome:
     """How a save ended. problem: None if the checkpoint is there, else why not; the earlier ones are then untouched.
-    seconds: from the copy in memory to the end."""
+    not_removed: why older checkpoints are still there, if they should not be. seconds: from the copy in memory to the
+    end."""
 
     step: int
     path: Path
     problem: str | None
+    not_removed: str | None
     seconds: float
 
 
@@ -97,7 +100,7 @@ class Saver:
             shares = self._together(lambda: _seal(temporary, files, self._go_on))
             manifest = {"step": step, **facts, "files": {name: entry for share in shares for name, entry in
                                                          share.items()}}
-            self._together(lambda: self._commit(temporary, final, manifest), first_only=True)
+            self._together(lambda: _commit(temporary, final, manifest), first_only=True)
             problem = None
         except _SaveFailed as failed:
             problem = str(failed)
@@ -106,7 +109,13 @@ class Saver:
         except RuntimeError as error:  # the group broke: another rank is gone
             self._broken = error
             return
-        self._outcome = SaveOutcome(step, final, problem, time.perf_counter() - began)
+        not_removed = None
+        if problem is None and self._ranks.first:
+            try:
+                _prune(self._folder, step, self._keep_last, self._keep_every)
+            except OSError as error:
+                not_removed = str(error)
+        self._outcome = SaveOutcome(step, final, problem, not_removed, time.perf_counter() - began)
 
     def _together(self, action: Callable[[], object], first_only: bool = False) -> list:
         """Runs `action` on every rank, or only on the first, and returns what all got. If any rank failed,
@@ -132,11 +141,6 @@ class Saver:
             shutil.rmtree(leftover)
         temporary.mkdir(parents=True)
 
-    def _commit(self, temporary: Path, final: Path, manifest: dict) -> None:
-        _write_manifest(temporary, manifest)
-        _publish(temporary, final)
-        _prune(self._folder, manifest["step"], self._keep_last, self._keep_every)
-
 
 class _SaveFailed(Exception):
     """Some rank could not do its part of a save; says which and why."""
@@ -159,6 +163,11 @@ def _seal(temporary: Path, files: dict[str, object], go_on: Callable[[], None]) 
     return entries
 
 
+def _commit(temporary: Path, final: Path, manifest: dict) -> None:
+    _write_manifest(temporary, manifest)
+    _publish(temporary, final)
+
+
 def _write_manifest(temporary: Path, manifest: dict) -> None:
     for folder in {(temporary / name).parent for name in manifest["files"]}:
         sync(folder)
@@ -178,7 +187,7 @@ def _publish(temporary: Path, final: Path) -> None:
 def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
     """Removes older checkpoints, and later ones: this run has passed over them, so they are damaged or belong to an
     abandoned continuation."""
-    steps = {int(path.name.removeprefix("step-")): path for path in sorted(folder.glob("step-*"))}
+    steps = by_step(folder)
     older = [each for each in steps if each <= step]
     kept = {each for each in older if keep_every > 0 and each % keep_every == 0} | set(older[-keep_last:])
     for each, path in steps.items():
@@ -192,11 +201,17 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
 
 
+def by_step(folder: Path) -> dict[int, Path]:
+    """Step -> folder of its checkpoint, whole or not, ascending. A user's copies by other names do not count."""
+    found = {path.name: path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)}
+    return dict(sorted((int(name.removeprefix("step-")), path) for name, path in found.items()))
+
+
 def find(run_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> tuple[Path, dict] | None:
     """The newest whole checkpoint of a run and its manifest; `say` is told of each damaged one passed. A collective:
     the ranks share the reading."""
     passed = []
-    for folder in sorted((run_dir / "checkpoints").glob("step-*"), reverse=True):
+    for folder in reversed(by_step(run_dir / "checkpoints").values()):
         try:
             manifest = check(folder, ranks)
         except CheckpointError as damage:

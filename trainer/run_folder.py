@@ -94,8 +94,7 @@ class RunFolder:
 
     def newest_step(self) -> int:
         """Of the newest checkpoint, whole or not; 0 if there is none."""
-        return max((int(path.name.removeprefix("step-")) for path in (self.path / "checkpoints").glob("step-*")),
-                   default=0)
+        return max(checkpoint.by_step(self.path / "checkpoints"), default=0)
 
     def mark(self, status: str, step: int, reason: str | None) -> None:
         """Writes status.json, which launchers read: done; preempted (to be started again); or stopped (by the file

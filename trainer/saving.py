@@ -63,6 +63,8 @@ class Saving:
         if outcome.problem is None:
             self._saved_at = outcome.step
             self._log.write("event", outcome.step, {"event": "saved", **event})
+            if outcome.not_removed is not None:
+                self._say(f"warning: older checkpoints could not be removed: {outcome.not_removed}")
         else:
             self._log.write("event", outcome.step, {"event": "not saved", "problem": outcome.problem, **event})
             self._say(f"warning: no checkpoint of step {outcome.step}: {outcome.problem}. The checkpoints before it "

@@ -27,6 +27,13 @@ def place(launcher, tmp_path_factory):
     return Workplace(launcher, tmp_path_factory.mktemp("checkpoints"))
 
 
+def test_a_users_copies_do_not_count(tmp_path):
+    for name in ("step-00000002", "step-123456789", "step-00000002.bak", "step-00000010-good", "step-x", "other"):
+        (tmp_path / name).mkdir()
+    assert list(checkpoint.by_step(tmp_path)) == [2, 123456789]
+    assert checkpoint.by_step(tmp_path / "none") == {}
+
+
 def test_copies_outlive_training_and_reuse_their_memory():
     weights, shared = torch.arange(6.0), torch.ones(3)
     state = {"module": OrderedDict(a=weights.view(2, 3), b=weights[1:4]), "list": [shared, (shared, "text")],
