@@ -12,7 +12,7 @@ from model.attention.pattern import AttentionPattern
 from model.batch import PackedBatch
 from model.diffusion_lm import DiffusionLM
 from model.flops import training_flops
-from trainer.config import RunConfig, to_toml
+from trainer.config import RunConfig, recomputed_layers, to_toml
 from trainer.data.packing import Segment, pack
 from trainer.ds_config import DSConfig
 from trainer.kernels import DTYPES, chosen_kernels
@@ -61,8 +61,8 @@ def _expert_parallelism(run: RunConfig, ds: DSConfig, dtype: torch.dtype) -> dic
     if size == 1:
         return {}
     rows = ds.micro_batch * ds.accumulation * run.data.row_tokens * model.moe.top_k * (size - 1) / size
-    # There and back, forward and backward; activation checkpointing goes forward twice.
-    ways = 6 if run.train.activation_checkpointing else 4
+    # There and back, forward and backward; layers under activation checkpointing go forward twice.
+    ways = 4 + 2 * len(recomputed_layers(run.train.activation_checkpointing, model.layers)) / model.layers
     if model.diffusion.self_conditioning > 0:  # the first estimate, forward only
         ways += 2
     sent = model.layers * rows * ways * model.width * dtype.itemsize

@@ -110,7 +110,7 @@ def test_ranks_shards_and_zero_stages_give_the_same_losses(workplace, world, sha
 
 @pytest.mark.parametrize("settings, ds", [
     ({}, {"accumulation": 2}),
-    ({"train.activation_checkpointing": True}, {}),
+    ({"train.activation_checkpointing": "all"}, {}),
     ({"model.moe.shared_ffn": 16, "model.moe.jitter": 0.1, "optim.ema_decay": 0.0}, {}),
     ({"model.diffusion.self_conditioning": 0.5, "model.moe.balance_weight": 0.0, "model.moe.z_weight": 0.0}, {}),
     ({"model.moe.backend": "reference", "model.moe.top_k": 3}, {}),
@@ -118,7 +118,7 @@ def test_ranks_shards_and_zero_stages_give_the_same_losses(workplace, world, sha
     ({}, {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}),
     ({}, {"zero_optimization": {"stage": 2, "overlap_comm": True, "reduce_bucket_size": 2000}}),
     ({}, {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "overlap_comm": True}}),
-    ({"train.activation_checkpointing": True}, {"accumulation": 2, "zero_optimization": {"stage": 3}}),
+    ({"train.activation_checkpointing": "all"}, {"accumulation": 2, "zero_optimization": {"stage": 3}}),
 ], ids=str)
 @slow
 def test_mechanisms_give_the_losses_of_a_single_process(workplace, request, settings, ds):
