@@ -80,7 +80,7 @@ class BertDenoiser(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config, self.patterns, self.schedule = config, layer_patterns(config), NoiseSchedule(config)
-        self.recompute = False  # activation checkpointing of every block; set by the trainer
+        self.recompute: frozenset[int] = frozenset()  # blocks under activation checkpointing; set by the trainer
         self.up = _projection(config.embed_dim, config.width, config.width)
         self.time = nn.Sequential(nn.Linear(config.time_dim, 4 * config.time_dim), nn.SiLU(),
                                   nn.Linear(4 * config.time_dim, config.width))
@@ -114,7 +114,7 @@ class BertDenoiser(nn.Module):
         x_TD = keyed_dropout(self.norm(x_TD), dropout_T, 0, self.config.dropout)
         for block, attention in zip(self.blocks, plan.attention, strict=True):
             arguments = (x_TD, attention, dropout_T)
-            recompute = self.recompute and torch.is_grad_enabled()
+            recompute = block.index in self.recompute and torch.is_grad_enabled()
             x_TD = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
         return x_TD, [], []
 
