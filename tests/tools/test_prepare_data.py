@@ -92,9 +92,12 @@ def test_training_takes_the_folder(prepare, tmp_path):
     assert set(data.caches) == {"train", "valid"} and data.vocabulary.path == out / "vocabulary.model"
     assert run.data.vocab_size == data.vocabulary.size
     assert data.caches["train"].folders == (out / "train",) and not (tmp_path / "cache/tokens").exists()
-    by_train = load(overrides=[f"data.train={out / 'train'}", "data.valid=", "data.test=",
-                               f"data.cache_dir={tmp_path / 'cache'}"])
-    assert training.prepare(by_train.data).vocabulary.digest == data.vocabulary.digest, "the one beside the shards"
+    for train, valid in ((out / "train", out / "valid"), (out, out)):
+        named = load(overrides=[f"data.train={train}", f"data.valid={valid}", "data.test=", "data.cache_dir=cache"])
+        again = training.prepare(named.data)
+        assert again.vocabulary.digest == data.vocabulary.digest, "the one beside the shards"
+        assert {split: cache.folders for split, cache in again.caches.items()} == {
+            split: cache.folders for split, cache in data.caches.items()}
 
 
 def test_training_refuses_another_vocabulary_than_the_folders(prepare, tmp_path):

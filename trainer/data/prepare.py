@@ -76,15 +76,18 @@ def find_sources(config: DataConfig, split: str) -> list[Source]:
     sources = []
     for name, corpus in config.corpora(split).items():
         key = f"data.{split}.{name}.documents" if isinstance(getattr(config, split), dict) else f"data.{split}"
-        folder = _tokenized(corpus.documents)
+        folder = _tokenized(corpus.documents, split)
         sources.append(folder or find_corpus(corpus, split, config.cache_dir, key))
     return sources
 
 
-def _tokenized(documents: str | list[str]) -> Path | None:
-    """The folder of a tokenized corpus, if `documents` is one."""
-    path = Path(documents if isinstance(documents, str) else "").expanduser()
-    return next((folder for folder in (path, REPOSITORY / path) if is_token_cache(folder)), None)
+def _tokenized(documents: str | list[str], split: str) -> Path | None:
+    """The folder of a tokenized corpus, if `documents` is one, or is a folder with one for each split."""
+    if not isinstance(documents, str):
+        return None
+    path = Path(documents).expanduser()
+    places = (place for folder in (path, REPOSITORY / path) for place in (folder, folder / split))
+    return next((place for place in places if is_token_cache(place)), None)
 
 
 def open_vocabulary(config: DataConfig, train: list[Source] | None = None) -> Vocabulary:
