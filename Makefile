@@ -19,7 +19,8 @@ BIN := $(VENV)/bin
 
 MEGABLOCKS := $(VENV)/megablocks
 
-.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance bench-checkpoint bench-data bench-sampling bench-e2e setup clean
+.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance bench-checkpoint \
+	bench-data bench-sampling bench-e2e setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.requirements $(VENV)/.requirements-dev

@@ -60,7 +60,7 @@ _BASE = {
     "eval": {"documents": 128},
 }
 
-PRESETS: dict[str, dict] = {"short": _SHORT, "tiny": _TINY, "base": _BASE}
+PRESETS: dict[str, dict] = {"tiny": _TINY, "base": _BASE, "short": _SHORT}
 
 
 def _diffuseq(config: RunConfig) -> dict:

@@ -1,6 +1,6 @@
 """Time sampling that follows the loss: every slice of time holds an equal share of the rise of the cross-entropy.
 
-CDCD (Dieleman et al. 2022, arXiv 2211.15089, section 4.1) samples noise levels so that the entropy of the prediction
+CDCD (Dieleman et al. 2022, arXiv 2211.15089) samples noise levels so that the entropy of the prediction
 grows linearly in the uniform number they come from. Here F, the warp's inverse, is the mean cross-entropy of a trained
 token as a function of time, made monotone and scaled to [0, 1]; a time is F^-1(u). What counts is how the cross-entropy
 rises from one slice of time to the next, so the result does not depend on the schedule's parametrisation of log-SNR.
