@@ -44,7 +44,7 @@ SWITCHES = {
     "diffusion.absorbing": (0.9, {"absorption"}, {}),
     "diffusion.loss": ("mse", {"parameters", "loss"}, {"bayes_skip": False}),
     "diffusion.conditioning": ("joint", {"attention", "neighbours", "conditions"}, {}),
-    "normalize_embeddings": (False, {"table"}, DISCRETE),
+    "normalize_embeddings": (False, {"table", "input"}, DISCRETE),
     "diffusion.steps": (60, {"levels"}, {"diffusion.schedule": "sqrt"}),
     "diffusion.loss_over": ("canvas", {"trained", "filler"}, {}),
     "diffusion.embedding_noise": (True, {"embedding noise"}, DISCRETE),
