@@ -2,6 +2,7 @@
 # make test    fast tests          make lint   style
 # make gpu     installs flash-attn and MegaBlocks beside PyTorch, on a CUDA machine
 # make bench-attention, make bench-moe   speed and memory against peers, in one run each
+# make bench-sampling   what cached conditioning saves     make bench-e2e DATA=folder   quality after four minutes
 # make bench-checkpoint                  how long a save of 1 GB holds training up
 # make bench-balance                     training with and without the balance loss
 # make test-megablocks                   equality with the real MegaBlocks, in Triton's interpreter
@@ -18,7 +19,8 @@ BIN := $(VENV)/bin
 
 MEGABLOCKS := $(VENV)/megablocks
 
-.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance bench-checkpoint bench-data setup clean
+.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance bench-checkpoint \
+	bench-data bench-sampling bench-e2e setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.requirements $(VENV)/.requirements-dev
@@ -54,6 +56,12 @@ bench-balance: $(VENV)/.requirements
 
 bench-data: $(VENV)/.requirements-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
+
+bench-sampling: $(VENV)/.requirements-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py
+
+bench-e2e: $(VENV)/.requirements-dev
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/e2e.py $(DATA)
 
 clean:
 	rm -rf runs .cache

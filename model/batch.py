@@ -39,7 +39,8 @@ class PackedBatch:
     """Token ids and layout of one micro-batch, with what training needs to know of each noised copy.
 
     tokens_T: int64 ids. in_loss_T: bool, the target tokens that are trained on (text and its end, not the filler
-    behind it). row_T: the packed row a token lies in; rows are the unit that is sharded over ranks.
+    behind it). is_given_T: bool, the canvas tokens that are given instead of noised (infilling); neither source nor
+    target. row_T: the packed row a token lies in; rows are the unit that is sharded over ranks.
     copy_T: index of the token's noised copy (its document's first copy for source tokens).
     sample_C: the data set's index of the copy's document. draw_C: which draw of it.
     stratum_C: the copy's place among all `strata` copies of the global batch, for stratified time sampling.
@@ -51,6 +52,7 @@ class PackedBatch:
     is_target_T: Tensor
     draw_T: Tensor
     in_loss_T: Tensor
+    is_given_T: Tensor
     row_T: Tensor
     copy_T: Tensor
     sample_C: Tensor
@@ -72,3 +74,14 @@ class PackedBatch:
         """The batch with only the tokens listed, in that order; what is kept per copy stays."""
         per_token = {f.name: getattr(self, f.name)[index] for f in fields(self) if f.name.endswith("_T")}
         return replace(self, **per_token)
+
+    def without_sources(self, dropped_D: Tensor | None = None) -> PackedBatch:
+        """The batch with the sources of the documents marked in dropped_D (all of them if None) emptied: their first
+        and last token, <bos> and </s>, stay, and the targets move up behind them. Documents without one stay."""
+        source_T = ~(self.is_target_T | self.is_given_T)
+        length_D = torch.bincount(self.document_T[source_T], minlength=self.documents)
+        cut_D = (length_D - 2).clamp_min(0)
+        cut_T = (cut_D if dropped_D is None else cut_D * dropped_D)[self.document_T]
+        kept_T = (self.position_T == 0) | (self.position_T > cut_T)
+        shifted_T = torch.where(self.position_T == 0, 0, self.position_T - cut_T)
+        return replace(self, position_T=shifted_T).take(kept_T.nonzero().flatten())

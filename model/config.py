@@ -74,9 +74,10 @@ class DiffusionConfig:
     """[noisiest, cleanest] of log(alpha^2 / sigma^2). auto: where a token of this vocabulary and embedding width
     passes from unknown to known, log(2 ln V / E) - 1.3 with 2.5 to each side. Only with schedule = log_snr."""
     time_sampling: str = "stratified"
-    """stratified: one draw in each of N equal slices of time over the N copies of the global batch; uniform;
-    loss_second_moment: steps with large losses more often, each counting for less (DiffuSeq's lossaware; discrete
-    time only)."""
+    """stratified: one draw in each of N equal slices of time over the N copies of the global batch; uniform: each
+    copy by itself; adaptive: stratified over time warped so that the cross-entropy, as measured so far, rises by the
+    same amount in every slice (CDCD's loss CDF); loss_second_moment: steps with large losses more often, each counting
+    for less (DiffuSeq's lossaware; discrete time only)."""
     absorbing: float = 0.5
     """gamma: a target token is replaced by the absorbing vector with probability gamma * sigma_t. 0: plain
     Gaussian diffusion."""
@@ -99,6 +100,12 @@ class DiffusionConfig:
     source and target see each other through the same window."""
     self_conditioning: float = 0.0
     """Probability of training with the model's own first estimate as a second input; 0 removes the input."""
+    source_dropout: float = 0.0
+    """Probability of training a sample without the content of its source, for classifier-free guidance
+    (`sample.guidance`) and unconditional generation. 0: neither."""
+    infilling: float = 0.0
+    """Probability of training a sample with random parts of its target given and the gaps between them noised. Only
+    with conditioning = joint, because what is given must see what it surrounds. 0: no infilling."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,7 +192,7 @@ class ModelConfig:
                    "model.input": (self.input, ("bayes", "noisy")),
                    "model.diffusion.schedule": (d.schedule, ("log_snr", "sqrt", "cosine", "linear")),
                    "model.diffusion.loss_over": (d.loss_over, ("text", "canvas", "document")),
-                   "model.diffusion.time_sampling": (d.time_sampling, ("stratified", "uniform",
+                   "model.diffusion.time_sampling": (d.time_sampling, ("stratified", "uniform", "adaptive",
                                                                          "loss_second_moment")),
                    "model.diffusion.loss": (d.loss, ("cross_entropy", "mse")),
                    "model.diffusion.conditioning": (d.conditioning, ("cached", "joint"))}
@@ -194,6 +201,10 @@ class ModelConfig:
         need(0 <= d.absorbing <= 1, "model.diffusion.absorbing", f"must lie in [0, 1], not {d.absorbing}")
         need(0 <= d.self_conditioning <= 1, "model.diffusion.self_conditioning",
              f"must lie in [0, 1], not {d.self_conditioning}")
+        need(0 <= d.source_dropout < 1, "model.diffusion.source_dropout", f"must lie in [0, 1), not {d.source_dropout}")
+        need(0 <= d.infilling <= 1, "model.diffusion.infilling", f"must lie in [0, 1], not {d.infilling}")
+        need(d.infilling == 0 or d.conditioning == "joint", "model.diffusion.infilling",
+             "needs model.diffusion.conditioning = joint: a cached source is a prefix that does not see its target")
         need(d.loss == "cross_entropy" or not self.bayes_skip, "model.diffusion.loss",
              "mse predicts an embedding, which has no logits for model.bayes_skip: set that to false")
         need(d.loss == "mse" or d.loss_over != "document", "model.diffusion.loss_over",

@@ -74,11 +74,16 @@ class Attention(nn.Module):
     def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], plan: AttentionPlan,
                 source: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """source: cached keys and values that stand before the stream's own. Also returns the stream's own."""
+        q, k, v = self.project(x_TD, rotary)
+        keys, values = (k, v) if source is None else (torch.cat((source[0], k)), torch.cat((source[1], v)))
+        return self.out(sparse_attention(q, keys, values, plan).flatten(1)), (k, v)
+
+    def project(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [T, H, head_dim], the first two normalised and rotated."""
         q, k, v = self.qkv(x_TD).view(-1, 3, self.heads, self.head_dim).unbind(1)
         q = rotate(nn.functional.rms_norm(q, (self.head_dim,), self.q_gain), *rotary)
         k = rotate(nn.functional.rms_norm(k, (self.head_dim,), self.k_gain), *rotary)
-        keys, values = (k, v) if source is None else (torch.cat((source[0], k)), torch.cat((source[1], v)))
-        return self.out(sparse_attention(q, keys, values, plan).flatten(1)), (k, v)
+        return q, k, v
 
 
 class Block(nn.Module):
@@ -152,10 +157,11 @@ class Denoiser(nn.Module):
                                      queries=queries) for pattern in set(self.patterns)}
         seen = slice(None) if queries == "all" else is_target_T
         joint = config.diffusion.conditioning == "joint"
+        side_T = torch.zeros_like(is_target_T) if joint else is_target_T
         condition_T = copy_T if joint else torch.where(is_target_T, copy_T, copies)
         return StreamPlan(
             attention=[plans[pattern] for pattern in self.patterns],
-            neighbour_TW=neighbour_index(document_T[seen], is_target_T[seen], draw_T[seen],
+            neighbour_TW=neighbour_index(document_T[seen], side_T[seen], draw_T[seen],
                                          max(config.local_mixing, 1)),
             condition_T=condition_T[seen], position_T=position_T[seen], is_target_T=is_target_T[seen],
             row_T=row_T[seen], rows=rows)
@@ -166,11 +172,7 @@ class Denoiser(nn.Module):
 
         Returns hidden states [T, D], the stream's own keys and values by layer, and what each MoE layer reports.
         """
-        dtype = self.side.dtype
-        x_TD = self.input(gather_neighbours(inputs_TE.to(dtype), plan.neighbour_TW))
-        x_TD = x_TD + self.side[plan.is_target_T.long()]
-        condition_CD = torch.cat((self.noise_level(log_snr_C, dtype), self.source_level[None]))
-        rotary = rotary_tables(plan.position_T, self.config.head_dim, self.config.attention.rope_base)
+        x_TD, condition_CD, rotary = self._enter(inputs_TE, log_snr_C, plan)
         keys_values, reports = [], []
         for index, block in enumerate(self.blocks):
             arguments = (x_TD, condition_CD, rotary, plan, plan.attention[index],
@@ -183,3 +185,24 @@ class Denoiser(nn.Module):
             keys_values.append(own)
             reports.append(aux)
         return self.norm(x_TD, condition_CD, plan.condition_T), keys_values, reports
+
+    def encode_sources(self, inputs_TE: Tensor, log_snr_C: Tensor, plan: StreamPlan) -> SourceCache:
+        """What `forward` returns as keys and values for a stream of sources. The last block is left after them: nobody
+        reads what it would make of a source."""
+        x_TD, condition_CD, rotary = self._enter(inputs_TE, log_snr_C, plan)
+        keys_values = []
+        for index, block in enumerate(self.blocks[:-1]):
+            x_TD, own, _ = block(x_TD, condition_CD, rotary, plan, plan.attention[index], None, None)
+            keys_values.append(own)
+        last = self.blocks[-1]
+        _, k, v = last.attention.project(last.attention_norm(x_TD, condition_CD, plan.condition_T), rotary)
+        return [*keys_values, (k, v)]
+
+    def _enter(self, inputs_TE: Tensor, log_snr_C: Tensor,
+               plan: StreamPlan) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """The stream as the first block meets it [T, D], the noise levels' conditions [C + 1, D], the rotary tables."""
+        dtype = self.side.dtype
+        x_TD = self.input(gather_neighbours(inputs_TE.to(dtype), plan.neighbour_TW))
+        x_TD = x_TD + self.side[plan.is_target_T.long()]
+        condition_CD = torch.cat((self.noise_level(log_snr_C, dtype), self.source_level[None]))
+        return x_TD, condition_CD, rotary_tables(plan.position_T, self.config.head_dim, self.config.attention.rope_base)

@@ -327,7 +327,7 @@ class DiffusionLM(nn.Module):
         if self.config.diffusion.self_conditioning > 0:
             inputs_TE = torch.cat((inputs_TE, torch.zeros_like(inputs_TE)), dim=-1)
         log_snr_C = torch.zeros(batch.sample_C.numel(), device=inputs_TE.device)
-        return self.denoiser(inputs_TE, log_snr_C, plan)[1]
+        return self.denoiser.encode_sources(inputs_TE, log_snr_C, plan)
 
     def predict_targets(self, noisy: NoisyTargets, guess_NE: Tensor, log_snr_C: Tensor, plan: StreamPlan,
                         cache: SourceCache | None) -> tuple[Tensor, Tensor]:

@@ -57,17 +57,18 @@ class ModulatedNorm(nn.Module):
         return torch.addcmul(shift, nn.functional.layer_norm(x_TD, (self.width,)), 1 + scale)
 
 
-def neighbour_index(document_T: Tensor, is_target_T: Tensor, draw_T: Tensor, width: int) -> Tensor:
+def neighbour_index(document_T: Tensor, side_T: Tensor, draw_T: Tensor, width: int) -> Tensor:
     """For each token its `width` nearest packed neighbours [T, width], in order; T where there is none.
 
-    Neighbours are of the same document, side (source or target) and draw, so that nothing leaks where segments meet.
+    Neighbours are of the same document, side and draw, so that nothing leaks where segments meet that do not see
+    each other.
     """
     count = document_T.numel()
     at = torch.arange(count)[:, None] + torch.arange(width) - width // 2
     inside = (at >= 0) & (at < count)
     near = at.clamp(0, max(count - 1, 0))
     same = inside
-    for key_T in (document_T, is_target_T, draw_T):
+    for key_T in (document_T, side_T, draw_T):
         same = same & (key_T[near] == key_T[:, None])
     return torch.where(same, near, count)
 

@@ -7,7 +7,8 @@ of size h = l_s - l_t from level t to the cleaner s, with the estimate D of the 
     SDE:  z_s = sigma_s / sigma_t * exp(-h) z_t  + alpha_s * (1 - exp(-2h)) * D + sigma_s * sqrt(1 - exp(-2h)) * noise
 
 First order takes D = x(t), the present estimate; second order (2M) extrapolates from the one before,
-D = x(t) + h / (2 h_before) * (x(t) - x(before)). The first-order SDE step is exactly the ancestral one.
+D = x(t) + h / (2 h_before) * (x(t) - x(before)). The first-order ODE step is that of DDIM (Song et al. 2020,
+arXiv 2010.02502) between the levels that are visited, the first-order SDE step exactly the ancestral one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from model.batch import PackedBatch
+from model.config import ModelConfig
 from model.denoiser import StreamPlan
 from model.diffusion.process import NoisyTargets, absorbed_at
 from model.diffusion.schedule import alpha_sigma
@@ -28,47 +30,183 @@ from model.errors import ConfigError
 from model.keyed_random import keyed_generator
 from model.original_samplers import diffuseq_v2_compat, nearest_row
 
-SOLVERS = {"dpmpp1": (1, False), "dpmpp2m": (2, False), "ancestral": (1, True), "dpmpp2m_sde": (2, True)}
-"""Name -> (order, stochastic)."""
+SOLVERS = {"ddim": (1, False), "dpmpp1": (1, False), "dpmpp2m": (2, False), "ancestral": (1, True),
+           "dpmpp2m_sde": (2, True)}
+"""Name -> (order, stochastic). ddim and dpmpp1 are two names of one solver."""
 COMPAT = "diffuseq_v2_compat"
 """The original's solver (`model/original_samplers.py`), to repeat what it gives; only for its network."""
+GRIDS = ("time", "log_snr")
 
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """solver: a name of SOLVERS, or COMPAT, which knows no temperature and no clamp. steps: network evaluations.
-    temperature: of the predicted distribution before its mean is taken; below 1 sharpens. clamp: replace the mean by
-    the nearest token's embedding (rounding)."""
+    """solver: a name of SOLVERS, or COMPAT, which knows no temperature, guidance and clamp. steps: noise levels that
+    are visited, one network evaluation each (two with guidance). grid: levels evenly spaced in the schedule's `time` or
+    in `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens. guidance: w of
+    classifier-free guidance, free + w * (conditional - free) on the prediction (Ho & Salimans 2022, arXiv 2207.12598);
+    1 is none. clamp: replace the mean by the nearest token's embedding (rounding)."""
 
     solver: str = "dpmpp2m_sde"
     steps: int = 20
+    grid: str = "time"
     temperature: float = 1.0
+    guidance: float = 1.0
     clamp: bool = False
     seed: int = 0
 
 
 class Drawn(NamedTuple):
-    """tokens_CL: ids [C, L], L the canvas's length. estimate_NE: the last predicted embeddings of all canvases."""
+    """tokens_CL: ids [C, L] of the noised tokens of each canvas, L the most that one has; <pad> behind shorter ones.
+    estimate_NE: the last predicted embeddings of all canvases."""
 
     tokens_CL: Tensor
     estimate_NE: Tensor
 
 
-class _CanvasNoise:
-    """Noise of C canvases of L tokens; each canvas's stream is fixed by (seed, sample, draw) alone."""
+def noise_levels(model: DiffusionLM, settings: SamplerSettings) -> Tensor:
+    """log-SNR of every network evaluation [steps], from the noisiest to the cleanest."""
+    time = torch.linspace(1, 0, settings.steps, dtype=torch.float64)
+    levels = model.schedule.log_snr(time)
+    if settings.grid == "log_snr":
+        levels = torch.lerp(levels[0], levels[-1], 1 - time)
+    return levels.float()
 
-    def __init__(self, batch: PackedBatch, settings: SamplerSettings, length: int, width: int,
-                 device: torch.device | str):
-        self.generators = [keyed_generator(settings.seed, sample, draw)
+
+@torch.no_grad()
+def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *, device: torch.device | str = "cpu",
+           trace: list[Tensor] | None = None, between: Callable[[], None] = lambda: None) -> Drawn:
+    """Denoises the target tokens of a CPU batch, whose canvases stand in the order of their copies and may differ in
+    length. What a canvas becomes is fixed by (seed, sample, draw), not by the batch that it is in.
+
+    trace: is given the most likely tokens, [C, L] on the CPU, of every step. between: called before every step;
+    may raise to abandon the sampling. ConfigError where guidance is asked of a model that was not trained for it.
+    """
+    require_guidable(model, settings)
+    if settings.solver == COMPAT:
+        return _sample_compat(model, batch, settings, device)
+    config = model.config
+    canvases = _Canvases(batch, settings.seed, config, device)
+    network = _Network(model, batch, device)
+    free_network = _Network(model, batch.without_sources(), device) if settings.guidance != 1 else None
+    levels = noise_levels(model, settings).to(device)
+    solver = _Solver(settings.solver, levels)
+
+    uniform_N, choice_N, start_NE = canvases.uniform(), canvases.uniform(), canvases.normal()
+    absorbed_N = absorbed_at(uniform_N, levels[0], config.diffusion.absorbing)
+    z_NE = (solver.sigmas[0] * start_NE).masked_fill(absorbed_N[:, None], 0.0)
+    estimate_NE = torch.zeros_like(z_NE)
+    for index in range(settings.steps):
+        between()
+        output, rows_VE = network(z_NE, absorbed_N, levels[index], estimate_NE)
+        if free_network is not None:
+            output = torch.lerp(free_network(z_NE, absorbed_N, levels[index], estimate_NE)[0], output,
+                                settings.guidance)
+        logits_NV = canvases.without_early_end(model.logits(output, rows_VE))
+        probability_NV = (logits_NV / settings.temperature).softmax(-1)
+        if settings.clamp:
+            nearest_N = probability_NV.argmax(-1) if model.predicts_tokens else nearest_row(output, rows_VE)
+            estimate_NE = rows_VE[nearest_N]
+        else:
+            estimate_NE = probability_NV @ rows_VE if model.predicts_tokens else output
+        if config.diffusion.loss_over == "text":
+            estimate_NE = canvases.with_filler(estimate_NE, probability_NV, rows_VE)
+        if trace is not None:
+            trace.append(canvases.rows_of(logits_NV.argmax(-1)).cpu())
+        if index == settings.steps - 1:
+            break
+        fresh_NE = canvases.normal() if solver.stochastic else start_NE
+        z_NE = solver.step(index, z_NE, estimate_NE, fresh_NE)
+        still_N = absorbed_at(uniform_N, levels[index + 1], config.diffusion.absorbing)
+        # A token that leaves the absorbing state is drawn, then noised: the mean of several would be none of them.
+        drawn_N = torch.searchsorted(probability_NV.cumsum(-1), choice_N[:, None]).squeeze(-1)
+        drawn_NE = rows_VE[drawn_N.clamp(max=config.vocab_size - 1)]
+        released_NE = solver.alphas[index + 1] * drawn_NE + solver.sigmas[index + 1] * fresh_NE
+        z_NE = torch.where((absorbed_N & ~still_N)[:, None], released_NE, z_NE)
+        z_NE, absorbed_N = z_NE.masked_fill(still_N[:, None], 0.0), still_N
+    return Drawn(canvases.rows_of(logits_NV.argmax(-1)).cpu(), estimate_NE.cpu())
+
+
+def require_guidable(model: DiffusionLM, settings: SamplerSettings) -> None:
+    """ConfigError where guidance is asked of a model that never saw an empty source."""
+    if settings.guidance != 1 and model.config.diffusion.source_dropout == 0:
+        raise ConfigError("sample.guidance", f"is {settings.guidance}, but the model was trained with "
+                          "model.diffusion.source_dropout = 0 and has never seen an empty source: set it to 1, or "
+                          "train with a source_dropout of about 0.1")
+
+
+class _Solver:
+    """The formulas at the head of this file, between the levels [S] that are visited."""
+
+    def __init__(self, name: str, levels: Tensor):
+        self.order, self.stochastic = SOLVERS[name]
+        self.alphas, self.sigmas = alpha_sigma(levels)
+        self.half_steps = levels.diff() / 2
+        self._before_NE: Tensor | None = None
+
+    def step(self, index: int, z_NE: Tensor, estimate_NE: Tensor, fresh_NE: Tensor) -> Tensor:
+        """z at level index + 1 from z and the estimate at level index. fresh_NE: standard normal, for the SDEs."""
+        h = self.half_steps[index]
+        alpha, sigma = self.alphas[index + 1], self.sigmas[index + 1]
+        shrink = sigma / self.sigmas[index]
+        target_NE = estimate_NE
+        if self.order == 2 and self._before_NE is not None:
+            target_NE = estimate_NE + h / (2 * self.half_steps[index - 1]) * (estimate_NE - self._before_NE)
+        self._before_NE = estimate_NE
+        if self.stochastic:
+            return (shrink * torch.exp(-h) * z_NE - alpha * torch.expm1(-2 * h) * target_NE
+                    + sigma * (-torch.expm1(-2 * h)).sqrt() * fresh_NE)
+        return shrink * z_NE - alpha * torch.expm1(-h) * target_NE
+
+
+class _Canvases:
+    """Where the N noised tokens lie on C canvases of up to L of them, the noise of each canvas, and its text's end."""
+
+    def __init__(self, batch: PackedBatch, seed: int, config: ModelConfig, device: torch.device | str):
+        copy_N = batch.copy_T[batch.is_target_T]
+        length_C = torch.bincount(copy_N, minlength=batch.sample_C.numel())
+        first_C = length_C.cumsum(0) - length_C
+        self.lengths, self.config, self.device = length_C.tolist(), config, device
+        self.shape = len(self.lengths), max(self.lengths)
+        self.cell_N = (copy_N * self.shape[1] + torch.arange(len(copy_N)) - first_C[copy_N]).to(device)
+        # A text does not end before a token of it that is given.
+        last_given_C = torch.full_like(length_C, -1).scatter_reduce_(
+            0, batch.copy_T[batch.is_given_T], batch.position_T[batch.is_given_T], "amax")
+        goes_on_N = batch.position_T[batch.is_target_T] < last_given_C[copy_N]
+        self.goes_on_N = goes_on_N.to(device) if batch.is_given_T.any() else None
+        self.generators = [keyed_generator(seed, sample, draw)
                            for sample, draw in zip(batch.sample_C.tolist(), batch.draw_C.tolist(), strict=True)]
-        self.length, self.width, self.device = length, width, device
 
     def uniform(self) -> Tensor:
-        return torch.cat([torch.rand(self.length, generator=g) for g in self.generators]).to(self.device)
+        """The next numbers in [0, 1) of every canvas's own stream [N]."""
+        draws = [torch.rand(n, generator=g) for n, g in zip(self.lengths, self.generators, strict=True)]
+        return torch.cat(draws).to(self.device)
 
     def normal(self) -> Tensor:
-        draws = [torch.randn(self.length, self.width, generator=g) for g in self.generators]
+        """The next standard normal numbers of every canvas's own stream [N, E]."""
+        draws = [torch.randn(n, self.config.embed_dim, generator=g)
+                 for n, g in zip(self.lengths, self.generators, strict=True)]
         return torch.cat(draws).to(self.device)
+
+    def rows_of(self, tokens_N: Tensor) -> Tensor:
+        """Tokens by canvas [C, L], with <pad> where a canvas has fewer."""
+        filled = tokens_N.new_full((self.shape[0] * self.shape[1],), self.config.pad_id)
+        return filled.index_copy(0, self.cell_N, tokens_N).view(self.shape)
+
+    def without_early_end(self, logits_NV: Tensor) -> Tensor:
+        """Rules out the end token where a given token of the same text follows."""
+        if self.goes_on_N is None:
+            return logits_NV
+        is_end_V = torch.arange(self.config.vocab_size, device=logits_NV.device) == self.config.eos_id
+        return logits_NV.masked_fill(self.goes_on_N[:, None] & is_end_V, -torch.inf)
+
+    def with_filler(self, estimate_NE: Tensor, probability_NV: Tensor, rows_VE: Tensor) -> Tensor:
+        """Behind the end of a text stands filler, which the model is not trained to predict: the chance that token i
+        lies there is that of an end token before i, 1 - prod_{j<i} (1 - p_j(end))."""
+        going_on_CL = probability_NV.new_ones(self.shape[0] * self.shape[1]).index_copy(
+            0, self.cell_N, 1 - probability_NV[:, self.config.eos_id]).view(self.shape)
+        alive_CL = torch.cat((torch.ones_like(going_on_CL[:, :1]), going_on_CL.cumprod(1)[:, :-1]), dim=1)
+        filler_E = rows_VE[self.config.pad_id]
+        return torch.lerp(filler_E.expand_as(estimate_NE), estimate_NE, alive_CL.flatten()[self.cell_N, None])
 
 
 class _Network:
@@ -102,80 +240,6 @@ class _Network:
         return self.model.predict_packed(self.batch, self.plan, noisy, guess_NE, log_snr_C)
 
 
-def noise_levels(model: DiffusionLM, settings: SamplerSettings) -> Tensor:
-    """log-SNR of every network evaluation [steps], from the noisiest to the cleanest."""
-    return model.schedule.log_snr(torch.linspace(1, 0, settings.steps, dtype=torch.float64)).float()
-
-
-@torch.no_grad()
-def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *, device: torch.device | str = "cpu",
-           trace: list[Tensor] | None = None, between: Callable[[], None] = lambda: None) -> Drawn:
-    """Denoises every target canvas of a CPU batch. All canvases have the same length and stand in the batch in the
-    order of their copies. trace: is given the most likely tokens, [C, L] on the CPU, of every step.
-    between: called before every step; may raise to abandon the sampling."""
-    if settings.solver == COMPAT:
-        return _sample_compat(model, batch, settings, device)
-    config = model.config
-    length = int(batch.is_target_T.sum()) // batch.sample_C.numel()
-    order, stochastic = SOLVERS[settings.solver]
-    noise = _CanvasNoise(batch, settings, length, config.embed_dim, device)
-    network = _Network(model, batch, device)
-    levels = noise_levels(model, settings).to(device)
-    alphas, sigmas = alpha_sigma(levels)
-    half_steps = levels.diff() / 2
-
-    uniform_N, choice_N, start_NE = noise.uniform(), noise.uniform(), noise.normal()
-    absorbed_N = absorbed_at(uniform_N, levels[0], config.diffusion.absorbing)
-    z_NE = (sigmas[0] * start_NE).masked_fill(absorbed_N[:, None], 0.0)
-    estimate_NE = before_NE = torch.zeros_like(z_NE)
-    for index in range(settings.steps):
-        between()
-        output, rows_VE = network(z_NE, absorbed_N, levels[index], estimate_NE)
-        logits_NV = model.logits(output, rows_VE)
-        probability_NV = (logits_NV / settings.temperature).softmax(-1)
-        before_NE, estimate_NE = estimate_NE, _estimate(model, output, probability_NV, rows_VE, settings.clamp, length)
-        if trace is not None:
-            trace.append(logits_NV.argmax(-1).view(-1, length).cpu())
-        if index == settings.steps - 1:
-            break
-        h = half_steps[index]
-        target_NE = estimate_NE
-        if order == 2 and index > 0:
-            target_NE = estimate_NE + h / (2 * half_steps[index - 1]) * (estimate_NE - before_NE)
-        alpha, sigma, shrink = alphas[index + 1], sigmas[index + 1], sigmas[index + 1] / sigmas[index]
-        fresh_NE = noise.normal() if stochastic else start_NE
-        if stochastic:
-            z_NE = (shrink * torch.exp(-h) * z_NE - alpha * torch.expm1(-2 * h) * target_NE
-                    + sigma * (-torch.expm1(-2 * h)).sqrt() * fresh_NE)
-        else:
-            z_NE = shrink * z_NE - alpha * torch.expm1(-h) * target_NE
-        still_N = absorbed_at(uniform_N, levels[index + 1], config.diffusion.absorbing)
-        # A token that leaves the absorbing state is drawn, then noised: the mean of several would be none of them.
-        drawn_N = torch.searchsorted(probability_NV.cumsum(-1), choice_N[:, None]).squeeze(-1)
-        drawn_NE = rows_VE[drawn_N.clamp(max=config.vocab_size - 1)]
-        released_N1 = (absorbed_N & ~still_N)[:, None]
-        z_NE = torch.where(released_N1, alpha * drawn_NE + sigma * fresh_NE, z_NE)
-        z_NE, absorbed_N = z_NE.masked_fill(still_N[:, None], 0.0), still_N
-    tokens_CL = logits_NV.argmax(-1).view(-1, length)
-    return Drawn(tokens_CL.cpu(), estimate_NE.cpu())
-
-
-def _estimate(model: DiffusionLM, output: Tensor, probability_NV: Tensor, rows_VE: Tensor, clamp: bool,
-              length: int) -> Tensor:
-    """Expected clean canvas. Behind the end of a text stands filler, which the model is not trained to predict: the
-    chance that token i lies there is that of an end token before i, 1 - prod_{j<i} (1 - p_j(end))."""
-    if clamp:
-        mean_NE = rows_VE[probability_NV.argmax(-1) if model.predicts_tokens else nearest_row(output, rows_VE)]
-    else:
-        mean_NE = probability_NV @ rows_VE if model.predicts_tokens else output
-    if model.config.diffusion.loss_over != "text":
-        return mean_NE
-    going_on_CL = 1 - probability_NV[:, model.config.eos_id].view(-1, length)
-    alive_CL = torch.cat((torch.ones_like(going_on_CL[:, :1]), going_on_CL.cumprod(1)[:, :-1]), dim=1)
-    filler_E = rows_VE[model.config.pad_id]
-    return torch.lerp(filler_E.expand_as(mean_NE), mean_NE, alive_CL.reshape(-1, 1))
-
-
 def _sample_compat(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings,
                    device: torch.device | str) -> Drawn:
     """`sample` by COMPAT: starts from plain noise without the absorbing vector, and decodes the state it ends in."""
@@ -183,9 +247,9 @@ def _sample_compat(model: DiffusionLM, batch: PackedBatch, settings: SamplerSett
     if config.network != "bert":
         raise ConfigError("sample.solver", f"{COMPAT} repeats what the original does with its own network, but "
                           f"model.network is {config.network}: choose one of {', '.join(SOLVERS)}")
-    length = int(batch.is_target_T.sum()) // batch.sample_C.numel()
+    canvases = _Canvases(batch, settings.seed, config, device)
     network, rows_VE = _Network(model, batch, device), model.rows()
-    start_NE = _CanvasNoise(batch, settings, length, config.embed_dim, device).normal()
+    start_NE = canvases.normal()
     origin_E = model.unshifted(torch.zeros(config.embed_dim, device=start_NE.device))
     zeros_NE = torch.zeros_like(start_NE)
     absorbed_N = torch.zeros_like(start_NE[:, 0], dtype=torch.bool)
@@ -196,4 +260,4 @@ def _sample_compat(model: DiffusionLM, batch: PackedBatch, settings: SamplerSett
 
     # Sources are not part of the state here: the network is given their embeddings anew at every call.
     end_NE = diffuseq_v2_compat(model.schedule, predict, start_NE, lambda x_NE: x_NE, settings.steps) - origin_E
-    return Drawn(model.logits(end_NE, rows_VE).argmax(-1).view(-1, length).cpu(), end_NE.cpu())
+    return Drawn(canvases.rows_of(model.logits(end_NE, rows_VE).argmax(-1)).cpu(), end_NE.cpu())

@@ -4,7 +4,7 @@
     python tools/generate.py runs/tiny-long_doc --input my_documents.jsonl --output my_summaries.jsonl
 
 Writes JSON lines: document, text, ended, and the source and reference that the data set has. Interrupted, it goes on
-where it stopped. The noise of a document depends on --seed and on its number alone.
+where it stopped. The noise of a text depends on --seed, its document's number and which candidate it is.
 """
 
 import sys
@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from model.allocator import keep_freed_memory
 from model.errors import ConfigError
-from model.sampling import SOLVERS, SamplerSettings
+from model.sampling import GRIDS, SOLVERS
 from tools.command import run
-from trainer.config import RunConfig
+from trainer.config import RunConfig, SampleConfig
 from trainer.data.evaluation import evaluation_samples
 from trainer.data.prepare import PreparedData, prepare
 from trainer.errors import DataError
@@ -45,8 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
                       help="also write trace.json beside the output: the first document's text after every step")
     how = parser.add_argument_group("how (default: as the run's configuration says)")
     how.add_argument("--solver", choices=SOLVERS)
-    how.add_argument("--steps", type=int, help="network evaluations for a text")
+    how.add_argument("--steps", type=int, help="noise levels that are visited")
+    how.add_argument("--grid", choices=GRIDS, help="where those levels lie: evenly in this")
     how.add_argument("--temperature", type=float, help="below 1 sharpens each prediction")
+    how.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
+    how.add_argument("--candidates", type=int, metavar="N",
+                     help="of N texts for each source, the one that minimum Bayes risk chooses")
     how.add_argument("--clamp", action=argparse.BooleanOptionalAction, default=None,
                      help="round each prediction to its nearest token")
     how.add_argument("--seed", type=int)
@@ -60,18 +64,19 @@ def main() -> None:
     keep_freed_memory()
     folder = model_folder(args.model)
     model, vocabulary, trained_as = read_model(folder, args.device)
-    settings = chosen_settings(trained_as, args)
+    how = chosen_sampling(trained_as, args)
+    settings = sampler_settings(how)
     data = open_documents(trained_as, vocabulary.path, args)
     output = args.output or args.model / "generations" / f"{args.split}.jsonl"
     samples = data.samples("test", draws=1)
     chosen = evaluation_samples(len(samples), args.limit).tolist()
     done = resume(output, {"model": str(folder.absolute()), "settings": dataclasses.asdict(settings),
-                           "limit": args.limit, "input": args.input or args.split})
+                           "candidates": how.candidates, "limit": args.limit, "input": args.input or args.split})
     cache = data.caches["test"]
     left = [(number, samples.source(number)) for number in chosen if number not in done]
     with output.open("a") as file:
         records = generate(model, vocabulary, left, samples.canvas_tokens, settings, device=torch.device(args.device),
-                           documents_per_batch=args.batch)
+                           candidates=how.candidates, documents_per_batch=args.batch)
         for record in tqdm(records, desc="generating", total=len(chosen), initial=len(done), unit="document"):
             document = samples.document_S[record["document"]]
             record["source"], record["reference"] = vocabulary.decode([cache.source(document), cache.target(document)])
@@ -84,10 +89,12 @@ def main() -> None:
     print(f"{len(chosen)} texts in {output}")
 
 
-def chosen_settings(config: RunConfig, args: argparse.Namespace) -> SamplerSettings:
-    """The run's settings with those of the command line in their place."""
-    given = {field.name: getattr(args, field.name) for field in dataclasses.fields(SamplerSettings)}
-    return dataclasses.replace(sampler_settings(config.sample), **{k: v for k, v in given.items() if v is not None})
+def chosen_sampling(config: RunConfig, args: argparse.Namespace) -> SampleConfig:
+    """The run's way of sampling with that of the command line in its place; ConfigError where it cannot be."""
+    given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(SampleConfig)}
+    chosen = dataclasses.replace(config.sample, **{name: value for name, value in given.items() if value is not None})
+    dataclasses.replace(config, sample=chosen).validate()
+    return chosen
 
 
 def open_documents(config: RunConfig, vocabulary: Path, args: argparse.Namespace) -> PreparedData:

@@ -19,6 +19,7 @@ from typing import NamedTuple, get_type_hints
 from model.attention.pattern import layer_patterns
 from model.config import ModelConfig
 from model.errors import ConfigError
+from model.sampling import COMPAT, GRIDS, SOLVERS
 from trainer.data.config import DataConfig
 from trainer.profiling import step_range
 
@@ -111,13 +112,22 @@ class SampleConfig:
     """How text is generated, while training and by default afterwards."""
 
     solver: str = "dpmpp2m_sde"
-    """dpmpp1 (first order, also DDIM), dpmpp2m (second order, multistep), dpmpp2m_sde (the same with fresh
+    """ddim (the same as dpmpp1: first order), dpmpp2m (second order, multistep), dpmpp2m_sde (the same with fresh
     noise) or ancestral. diffuseq_v2_compat repeats what DiffuSeq-v2 calls DPM-Solver++; it samples wrongly
     and is only for comparisons, with model.network = bert."""
     steps: int = 20
-    """Calls of the network for one text."""
+    """Noise levels that are visited, with one call of the network each (two with guidance)."""
+    grid: str = "time"
+    """Where those levels lie: evenly in the schedule's `time`, or evenly in `log_snr` between its ends. The same
+    for schedule = log_snr."""
     temperature: float = 1.0
     """Divides the logits of every prediction; below 1 sharpens it."""
+    guidance: float = 1.0
+    """Scale of classifier-free guidance: above 1 moves each prediction away from that without a source. 1: none.
+    Only for a model trained with model.diffusion.source_dropout."""
+    candidates: int = 1
+    """Texts generated for each source, of which the one with the highest mean BLEU against the others is taken
+    (minimum Bayes risk). In cached conditioning they share one pass over the source."""
     clamp: bool = False
     """Round every prediction to its nearest token before the next step."""
     documents: int = 8
@@ -162,7 +172,7 @@ class RunConfig:
         positive = {"optim.lr": o.lr, "optim.eps": o.eps, "train.steps": t.steps,
                     "train.log_every": t.log_every, "train.max_skipped": t.max_skipped,
                     "train.expert_parallel_size": t.expert_parallel_size,
-                    "sample.steps": s.steps,
+                    "sample.steps": s.steps, "sample.candidates": s.candidates,
                     "sample.temperature": s.temperature, "eval.documents": self.eval.documents,
                     "eval.noise_levels": self.eval.noise_levels, "sample.documents": s.documents}
         for key, value in positive.items():
@@ -172,7 +182,8 @@ class RunConfig:
         need(bool(t.profile_steps) or not t.profile_memory, "train.profile_memory",
              "is recorded in the steps of train.profile_steps: set these as well")
         not_negative = {"optim.weight_decay": o.weight_decay, "optim.warmup_steps": o.warmup_steps,
-                        "train.seed": t.seed, "sample.seed": s.seed, "train.eval_every": t.eval_every,
+                        "train.seed": t.seed, "sample.seed": s.seed, "sample.guidance": s.guidance,
+                        "train.eval_every": t.eval_every,
                         "train.sample_every": t.sample_every, "train.save_every": t.save_every,
                         "train.keep_last": t.keep_last, "train.keep_every": t.keep_every,
                         "train.max_minutes": t.max_minutes, "train.spike_limit": t.spike_limit,
@@ -184,12 +195,14 @@ class RunConfig:
         need(0 <= o.ema_decay < 1, "optim.ema_decay", f"must lie in [0, 1), not {o.ema_decay}")
         need(0 <= o.min_lr_ratio <= 1, "optim.min_lr_ratio", f"must lie in [0, 1], not {o.min_lr_ratio}")
         need(0 < o.decay_fraction <= 1, "optim.decay_fraction", f"must lie in (0, 1], not {o.decay_fraction}")
-        need(s.solver != "diffuseq_v2_compat" or self.model.network == "bert", "sample.solver",
+        need(s.solver != COMPAT or self.model.network == "bert", "sample.solver",
              "diffuseq_v2_compat repeats what the original does with its own network: set model.network to bert, or "
              "choose another solver")
+        need(s.guidance == 1 or self.model.diffusion.source_dropout > 0, "sample.guidance",
+             f"is {s.guidance}, but model.diffusion.source_dropout = 0 trains no model for it: set it to 1, or "
+             "source_dropout to about 0.1")
         choices = {"optim.schedule": (o.schedule, ("constant", "linear", "cosine", "wsd")),
-                   "sample.solver": (s.solver, ("dpmpp1", "dpmpp2m", "dpmpp2m_sde", "ancestral",
-                                                "diffuseq_v2_compat"))}
+                   "sample.solver": (s.solver, (*SOLVERS, COMPAT)), "sample.grid": (s.grid, GRIDS)}
         for key, (value, allowed) in choices.items():
             need(value in allowed, key, f"is '{value}', must be one of {', '.join(allowed)}")
 

@@ -14,7 +14,6 @@ import torch
 from tqdm import tqdm
 
 from model.batch import PackedBatch
-from model.diffusion.loss_second_moment import LossSecondMoment
 from model.diffusion_lm import BatchPlan, DiffusionLM
 from model.flops import training_flops
 from model.moe.parallel import ExpertGroup
@@ -37,7 +36,7 @@ from trainer.hardware import peak_flops
 from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
 from trainer.profiling import Profiler, step_range
-from trainer.randomness import training_draw
+from trainer.randomness import learned_times, training_draw
 from trainer.run_folder import RunFolder
 from trainer.saving import Saving
 from trainer.signals import StopRequest, StopRequested
@@ -66,7 +65,9 @@ class TrainingRun:
         self.say(f"training documents: {samples.describe()}")
         self.loader = PackedLoader(samples, rows_per_micro_batch=ds.micro_batch, accumulation=ds.accumulation,
                                    rank=ranks.rank, world=ranks.world, seed=run.train.seed,
-                                   lookahead=run.data.lookahead, prefetch=run.data.prefetch)
+                                   lookahead=run.data.lookahead, prefetch=run.data.prefetch,
+                                   source_dropout=run.model.diffusion.source_dropout,
+                                   infilling=run.model.diffusion.infilling)
         model = DiffusionLM(run.model)
         shards = run.train.expert_parallel_size
         self.expert_group = ExpertGroup(shards, ranks.rank % shards)
@@ -76,8 +77,7 @@ class TrainingRun:
         model.prior_count_V.copy_(torch.from_numpy(samples.canvas_counts()))
         if folder.init_from is not None:
             load_weights(model, model_folder(folder.init_from))
-        d = run.model.diffusion
-        self.times = LossSecondMoment(d.steps) if d.time_sampling == "loss_second_moment" else None
+        self.times = learned_times(run.model.diffusion)
         self.engine = Engine(model, run, ds, ranks)
         self.model = self.engine.model
         self.guard = Guard(run.train.spike_limit)
@@ -268,6 +268,7 @@ class TrainingRun:
         with self.engine.averaged_weights() as model:
             records = list(generate(model, self.vocabulary, [(n, samples.source(n)) for n in mine],
                                     samples.canvas_tokens, sampler_settings(run.sample), device=self.ranks.device,
+                                    candidates=run.sample.candidates,
                                     between=lambda: self._between("sample")))
         gathered: list[list[dict]] = [[] for _ in range(self.ranks.world)]
         torch.distributed.all_gather_object(gathered, records)

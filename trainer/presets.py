@@ -30,6 +30,18 @@ _TINY = {
     "sample": {"documents": 4},
 }
 
+# For pairs of sentences of up to 48 tokens, in minutes on two CPU cores: `make bench-e2e`.
+_SHORT = {
+    "recipe": "long_doc",
+    "data": {"vocab_size": 800, "max_source_tokens": 64, "max_target_tokens": 48, "row_tokens": 1280},
+    "model": {"embed_dim": 64, "width": 128, "layers": 3, "time_dim": 64,
+              "attention": {"heads": 4, "window": 64},
+              "moe": {"experts": 4, "top_k": 2, "ffn": 192}},
+    "optim": {"lr": 2e-3, "warmup_steps": 50, "ema_decay": 0.99},
+    "train": {"steps": 1600, "log_every": 100, "eval_every": 400, "sample_every": 0, "save_every": 0},
+    "eval": {"documents": 64},
+}
+
 # The papers' shape. MoE-DiffuSeq (arXiv 2512.20604) and SA-DiffuSeq (arXiv 2512.20724) disclose 12 layers
 # with sparse attention and experts in each; a window of 512 is consistent with the reach that they state.
 # Width, heads, embedding width, experts, top-k and feed-forward width are not disclosed: width, heads and
@@ -48,7 +60,7 @@ _BASE = {
     "eval": {"documents": 128},
 }
 
-PRESETS: dict[str, dict] = {"tiny": _TINY, "base": _BASE}
+PRESETS: dict[str, dict] = {"tiny": _TINY, "base": _BASE, "short": _SHORT}
 
 
 def _diffuseq(config: RunConfig) -> dict:

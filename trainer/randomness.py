@@ -8,7 +8,8 @@ from enum import IntEnum
 import torch
 
 from model.batch import PackedBatch
-from model.config import ModelConfig
+from model.config import DiffusionConfig, ModelConfig
+from model.diffusion.adaptive_time import AdaptiveTime
 from model.diffusion.loss_second_moment import LossSecondMoment
 from model.diffusion_lm import NoiseDraw
 from model.keyed_random import keyed_generator
@@ -22,13 +23,20 @@ class Stream(IntEnum):
     EVALUATION = 3
     EMBEDDING = 4
     DROPOUT = 5
+    TASK = 6
+
+
+def learned_times(config: DiffusionConfig) -> AdaptiveTime | LossSecondMoment | None:
+    """What learns from the losses which times to draw, where the configuration asks for it."""
+    if config.time_sampling == "adaptive":
+        return AdaptiveTime()
+    return LossSecondMoment(config.steps) if config.time_sampling == "loss_second_moment" else None
 
 
 def training_draw(batch: PackedBatch, config: ModelConfig, seed: int, step: int,
-                  times: LossSecondMoment | None = None) -> NoiseDraw:
-    """Time, noise, absorption and self-conditioning of every noised copy, on the CPU. times: what learns from the
-    losses which times to draw, where the configuration asks for it."""
-    stratified = config.diffusion.time_sampling == "stratified"
+                  times: AdaptiveTime | LossSecondMoment | None = None) -> NoiseDraw:
+    """Time, noise, absorption and self-conditioning of every noised copy, on the CPU. times: of `learned_times`."""
+    stratified = config.diffusion.time_sampling in ("stratified", "adaptive")
     stratum_C = batch.stratum_C.tolist()
     drawn, guesses = [], []
 

@@ -170,6 +170,13 @@ MISTAKES = [
     Mistake("Run configuration", "mean squared error with the posterior's skip", "model.diffusion.loss: mse predicts "
             "an embedding, which has no logits for model.bayes_skip: set that to false",
             set=("model.diffusion.loss=mse",)),
+    Mistake("Run configuration", "gaps in targets whose source is cached", "model.diffusion.infilling: needs "
+            "model.diffusion.conditioning = joint: a cached source is a prefix that does not see its target",
+            set=("model.diffusion.infilling=0.5",)),
+    Mistake("Run configuration", "guidance for a model that is never without its source", "sample.guidance: is 2.0, "
+            "but model.diffusion.source_dropout = 0 trains no model for it: set it to 1, or source_dropout to about "
+            "0.1",
+            set=("sample.guidance=2",)),
     Mistake("Run configuration", "a range of noise that the schedule ignores", "model.diffusion.log_snr_range: only "
             "applies to schedule = log_snr, not sqrt",
             set=("model.diffusion.schedule=sqrt", "model.diffusion.log_snr_range=[-6, 0]")),

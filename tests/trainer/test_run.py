@@ -10,6 +10,9 @@ from safetensors.torch import load_file
 from tests.trainer.launching import ROOT, ds_config, finish, lines, start, write_corpus
 from trainer.config_load import load
 
+# What keeps state or randomness of its own beside the weights.
+MECHANISMS = {"model.diffusion.time_sampling": "adaptive", "model.diffusion.source_dropout": 0.2,
+              "model.diffusion.self_conditioning": 0.5}
 LOSSES = ("loss", "cross_entropy", "balance", "router_z", "gradient_norm")
 
 
@@ -17,7 +20,7 @@ LOSSES = ("loss", "cross_entropy", "balance", "router_z", "gradient_norm")
 def workplace(tmp_path_factory):
     """A folder with a corpus, its settings, and one finished reference run on one rank."""
     folder = tmp_path_factory.mktemp("runs")
-    settings = write_corpus(folder)
+    settings = {**write_corpus(folder), **MECHANISMS}
     reference = folder / "reference"
     evaluated = {**settings, "train.eval_every": 10, "train.sample_every": 20}
     finish(start(1, ds_config(folder, micro=2, stage=1), reference, evaluated))
@@ -129,6 +132,8 @@ def test_interrupted_run_resumes_to_the_same_weights(workplace, number):
     assert '"preempted"' in (broken / "status.json").read_text()
     stopped_at = lines(broken)[-1]["step"]
     assert 5 <= stopped_at < 30 and not (broken / "model").exists()
+    (saved,) = (json.loads(path.read_text()) for path in broken.glob("checkpoints/*/manifest.json"))
+    assert sum(saved["time_sampling"][1]) > 0
     assert "resumed from" in finish(start(2, ds, broken, settings))
     assert '"done"' in (broken / "status.json").read_text()
     for one, other in zip(lines(whole), lines(broken), strict=True):

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 
 from model.batch import PackedBatch
 from trainer.data.mixture import Mixture, keyed_order
 from trainer.data.packing import Samples, pack
 from trainer.data.rows import RowStream
+from trainer.data.tasks import Task, step_tasks
 
 _STRATA_KEY = 1  # keeps the strata's permutations apart from the epochs'
 
@@ -49,14 +51,19 @@ class PackedLoader:
     the global batch is the same, and to resume exactly nothing needs to be saved but the step and its first row.
     `resume` with these makes a run go on with the next row even where G has changed.
 
+    source_dropout, infilling: how often a sample loses its source, or is given parts of its target
+    (`trainer/data/tasks.py`).
+
     stratum_C: with D documents in the step, draw r of a document lies in the r-th part of D strata, at a
     place that is shuffled by (seed, step): the draws of a document cover all noise levels, and so do the
     documents of a rank.
     """
 
     def __init__(self, samples: Samples, *, rows_per_micro_batch: int, accumulation: int = 1, rank: int = 0,
-                 world: int = 1, seed: int = 0, lookahead: int = 256, prefetch: int = 2):
+                 world: int = 1, seed: int = 0, lookahead: int = 256, prefetch: int = 2,
+                 source_dropout: float = 0.0, infilling: float = 0.0):
         self.samples = samples
+        self._source_dropout, self._infilling = source_dropout, infilling
         self.rows = RowStream(samples.tokens_S, Mixture(samples.parts, seed), row_tokens=samples.row_tokens,
                               lookahead=lookahead)
         self.rows_per_step = rows_per_micro_batch * accumulation * world
@@ -83,25 +90,31 @@ class PackedLoader:
         count = int(starts[-1])
         place_D = keyed_order(count, _STRATA_KEY, self._seed, step)
         stratum_DR = place_D[:, None] + count * np.arange(draws)
+        chosen = np.concatenate(rows)
+        tasks = step_tasks(samples, chosen, self._source_dropout, self._infilling, self._seed, step)
         batches = []
         for accumulated in range(self._accumulation):
             low = (accumulated * self._world + self._rank) * self._micro
-            mine = rows[low:low + self._micro]
-            row_D = np.repeat(np.arange(self._micro), [len(row) for row in mine])
-            segments = [samples.segment(sample) for row in mine for sample in row]
-            batches.append(pack(segments, row_D, self._micro,
-                                stratum_DR[starts[low]:starts[low + self._micro]], count * draws))
-        return self._info(step, first, np.concatenate(rows)), batches
+            row_D = np.repeat(np.arange(self._micro), np.diff(starts[low:low + self._micro + 1]))
+            mine = slice(starts[low], starts[low + self._micro])
+            segments = [task.of(samples.segment(sample))
+                        for sample, task in zip(chosen[mine], tasks[mine], strict=True)]
+            batch = pack(segments, row_D, self._micro, stratum_DR[mine], count * draws)
+            dropped_D = torch.tensor([task.without_source for task in tasks[mine]])
+            batches.append(batch.without_sources(dropped_D) if dropped_D.any() else batch)
+        return self._info(step, first, chosen, tasks), batches
 
-    def _info(self, step: int, first: int, chosen: np.ndarray) -> StepInfo:
+    def _info(self, step: int, first: int, chosen: np.ndarray, tasks: Sequence[Task]) -> StepInfo:
         epoch, place, of = self.rows.locate(first)
         samples = self.samples
-        tokens = int(samples.tokens_S[chosen].sum())
+        sources = samples.source_tokens_S[chosen]
+        sources = int(np.where([task.without_source for task in tasks], np.minimum(sources, 2), sources).sum())
+        tokens = sources + samples.draws * sum(task.canvas_tokens(samples.canvas_tokens) for task in tasks)
+        loss_tokens = int(samples.loss_tokens_S[chosen].sum()) - sum(task.given_tokens for task in tasks)
         return StepInfo(
             step=step, epoch=epoch + place / of, rows=self.rows_per_step, documents=len(chosen),
             copies=len(chosen) * samples.draws, tokens=tokens,
-            source_tokens=int(samples.source_tokens_S[chosen].sum()),
-            loss_tokens=int(samples.loss_tokens_S[chosen].sum()) * samples.draws,
+            source_tokens=sources, loss_tokens=loss_tokens * samples.draws,
             fill=tokens / (self.rows_per_step * samples.row_tokens))
 
     def stream(self, start_step: int = 0,

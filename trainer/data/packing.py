@@ -21,12 +21,14 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class Segment:
     """One sample's tokens: `source` with <bos> and </s> (or empty), the whole `canvas` of the target, of
-    which the first `loss_tokens` are text and its </s>, and the sample's number in the data set."""
+    which the first `loss_tokens` are text and its </s>, and the sample's number in the data set. given: bool,
+    which tokens of the canvas are given instead of noised (infilling); None for none."""
 
     source: np.ndarray
     canvas: np.ndarray
     loss_tokens: int
     sample: int
+    given: np.ndarray | None = None
 
 
 class Samples:
@@ -153,16 +155,19 @@ def pack(segments: Sequence[Segment], row_D: np.ndarray, rows: int, stratum_DR: 
     part_T = np.repeat(np.arange(documents * (draws + 1)), lengths)
     document_T, slot_T = np.divmod(part_T, draws + 1)
     offset_T = _counting(lengths)
-    is_target_T = slot_T > 0
+    given_T = np.concatenate([part for s in segments for part in (np.zeros(len(s.source), bool), *[
+        np.zeros(len(s.canvas), bool) if s.given is None else s.given] * draws)])
+    is_target_T = (slot_T > 0) & ~given_T
     draw_T = np.maximum(slot_T - 1, 0)
     return PackedBatch(
         tokens_T=torch.from_numpy(np.concatenate([part for s in segments for part in
                                                   (s.source, *[s.canvas] * draws)])),
         document_T=torch.from_numpy(document_T),
-        position_T=torch.from_numpy(offset_T + is_target_T * source_D[document_T]),
+        position_T=torch.from_numpy(offset_T + (slot_T > 0) * source_D[document_T]),
         is_target_T=torch.from_numpy(is_target_T),
         draw_T=torch.from_numpy(draw_T),
         in_loss_T=torch.from_numpy(is_target_T & (offset_T < loss_D[document_T])),
+        is_given_T=torch.from_numpy(given_T),
         row_T=torch.from_numpy(row_D[document_T]),
         copy_T=torch.from_numpy(document_T * draws + draw_T),
         sample_C=torch.from_numpy(np.repeat(np.array([s.sample for s in segments], np.int64), draws)),
