@@ -61,7 +61,7 @@ def start(world: int, ds: Path, run_dir: Path, settings: dict, *arguments: str) 
 
 def finish(processes: list[subprocess.Popen], expect: int = 0) -> str:
     """Waits for all ranks, checks their exit codes and returns what they printed."""
-    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    outputs = [process.communicate(timeout=600)[0] for process in processes]
     codes = [process.returncode for process in processes]
     assert codes == [expect] * len(codes), f"exit codes {codes}\n" + "\n".join(outputs)
     return "\n".join(outputs)
