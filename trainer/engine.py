@@ -9,7 +9,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor
 
 from model.diffusion_lm import DiffusionLM, LossReport
@@ -19,10 +18,10 @@ from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError
 from trainer.kernels import DTYPES
 from trainer.launch import Ranks
+from trainer.parameter_groups import parameter_groups
 from trainer.randomness import random_states, restore_random_states
 from trainer.snapshot import Files, HostCopies, RecordingEngine
 
-_TABLES = ("embedding", "denoiser.position")  # of tokens and of learned positions: no matrices
 _TAG = "engine"  # DeepSpeed's sub-folder inside a checkpoint
 
 
@@ -71,12 +70,7 @@ class Engine:
 
     def _adamw(self, model: DiffusionLM, ds: DSConfig) -> torch.optim.Optimizer:
         optim = self.run.optim
-        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and name not in _TABLES]
-        others = [p for name, p in model.named_parameters() if p.dim() < 2 or name in _TABLES]
-        groups = [{"params": matrices, "weight_decay": optim.weight_decay, "name": "decay"},
-                  {"params": others, "weight_decay": 0.0, "name": "no_decay"}]
-        # Sharded experts go into groups of their own, which ZeRO partitions over the ranks that hold them.
-        groups = [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
+        groups = parameter_groups(model, optim.weight_decay)
         settings = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
         if ds.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
