@@ -22,7 +22,8 @@ from trainer.parameter_groups import parameter_groups
 from trainer.randomness import random_states, restore_random_states
 from trainer.snapshot import Files, HostCopies, RecordingEngine
 
-_TAG = "engine"  # DeepSpeed's sub-folder inside a checkpoint
+TAG = "engine"
+"""DeepSpeed's sub-folder inside a checkpoint."""
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -46,6 +47,11 @@ def update_average(averages: list[Tensor], parts: list[Tensor], decay: float) ->
     """average = decay * average + (1 - decay) * part, in place."""
     for average, part in zip(averages, parts, strict=True):
         average.lerp_(part.detach(), 1 - decay)
+
+
+def rank_file(rank: int) -> str:
+    """Where a checkpoint keeps what DeepSpeed does not know of a rank."""
+    return f"rank{rank:05d}.pt"
 
 
 class Engine:
@@ -190,25 +196,22 @@ class Engine:
         held, engine.checkpoint_engine = engine.checkpoint_engine, recording
         engine._copy_recovery_script = lambda save_path: None  # it cannot read experts
         try:
-            engine.save_checkpoint(str(root), tag=_TAG, save_latest=False)
+            engine.save_checkpoint(str(root), tag=TAG, save_latest=False)
         finally:
             engine.checkpoint_engine = held
         recording.save({"ema": self.ema, "updates": self.updates, "random": random_states(self.ranks.device)},
-                       str(root / self._rank_file()))
+                       str(root / rank_file(self.ranks.rank)))
         if copies:
             self._copies.finish()
         return recording.files
 
     def load(self, folder: Path) -> None:
         """Restores what a checkpoint of `state_files` holds, on the same topology."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load its state; see its message above")
-        state = torch.load(folder / self._rank_file(), map_location=self.ranks.device, weights_only=True)
+        state = torch.load(folder / rank_file(self.ranks.rank), map_location=self.ranks.device, weights_only=True)
         self.updates = state["updates"]
         for average, saved in zip(self.ema, state["ema"], strict=True):
             average.copy_(saved)
         restore_random_states(state["random"], self.ranks.device)
-
-    def _rank_file(self) -> str:
-        return f"rank{self.ranks.rank:05d}.pt"
