@@ -8,10 +8,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from deepspeed import __version__ as version
 from deepspeed.checkpoint.constants import DS_AUTOEP_UC_META
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed.utils.tensor_fragment import fragment_address
-from deepspeed import __version__ as version
 from torch import Tensor
 from tqdm import tqdm
 

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from deepspeed.runtime.zero.config import ZeroStageEnum
 from deepspeed import __version__ as version
+from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 from tqdm import tqdm
 

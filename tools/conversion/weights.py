@@ -61,7 +61,10 @@ class OriginalDiffuSeq(Source):
         run = config_load.load(recipe="diffuseq")
         data = replace(run.data, max_source_tokens=arguments["seq_len"] // 2,
                        max_target_tokens=arguments["seq_len"] // 2, row_tokens=arguments["seq_len"])
-        self.run = replace(run, data=data, model=original_config(arguments, _bert(path.parent, arguments)))
+        model = original_config(arguments, _bert(path.parent, arguments))
+        if model.head_dim % 8:  # too narrow for the fast backends
+            model = replace(model, attention=replace(model.attention, backend="reference"))
+        self.run = replace(run, data=data, model=model)
         state = load(path)
         if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
             raise CheckpointError(f"{path} is none of DiffuSeq's checkpoints: it must hold tensors by name")
