@@ -28,7 +28,7 @@ def write_configuration(folder: Path, run: RunConfig, vocabulary: Path | None) -
 def read_configuration(checkpoint: Path, vocab_size: int) -> tuple[RunConfig, Path | None]:
     """The configuration of a checkpoint's run, with the vocabulary's size filled in, and its vocabulary if it is kept.
     They lie in the checkpoint itself if it was converted, else in its run's folder."""
-    places = (checkpoint / FOLDER, checkpoint.absolute().parents[1] / FOLDER)
+    places = (checkpoint / FOLDER, checkpoint.absolute().parent.parent / FOLDER)
     for place in places:
         if (place / "run.toml").is_file():
             run = config_load.load(file=place / "run.toml")

@@ -16,16 +16,19 @@ from torch import Tensor
 
 from model.errors import ConfigError
 from trainer.data.files import sync
-from trainer.errors import CheckpointError
+from trainer.errors import CheckpointError, storage_failure
 
 _SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
                 torch.int64: "I64"}
+
+CHUNK = 1 << 24
+"""Elements that are converted to another type at a time."""
 
 
 @contextlib.contextmanager
 def appearing(target: Path) -> Iterator[Path]:
     """A path beside `target` to write a file or a folder at, which takes the name `target` if all went well and is
-    removed otherwise. ConfigError if `target` exists or cannot be made."""
+    removed otherwise. ConfigError if `target` exists or cannot be made, CheckpointError if the disk is full."""
     target = target.absolute()
     if target.exists() or target.is_symlink():
         raise ConfigError("TO", f"{target} exists: remove it, or choose another place")
@@ -41,6 +44,11 @@ def appearing(target: Path) -> Iterator[Path]:
             sync(path)
         result.rename(target)
         sync(target.parent)
+    except Exception as error:
+        reason = storage_failure(error)
+        if reason is None:
+            raise
+        raise CheckpointError(f"{target} cannot be written: {reason}. Nothing was converted") from error
     finally:
         shutil.rmtree(room, ignore_errors=True)
 
@@ -61,7 +69,17 @@ def scratch(numel: int, dtype: torch.dtype, folder: Path) -> Tensor:
     if numel == 0:
         return torch.empty(0, dtype=dtype)
     with tempfile.NamedTemporaryFile(dir=folder) as file:
+        os.posix_fallocate(file.fileno(), 0, numel * dtype.itemsize)  # a full disk would end the process later
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype)
+
+
+def fill(out_N: Tensor, pieces: Iterable[Tensor]) -> Tensor:
+    """Copies consecutive pieces of a flat tensor into `out_N` from its beginning on, and returns it."""
+    offset = 0
+    for piece in pieces:
+        out_N[offset:offset + len(piece)] = piece
+        offset += len(piece)
+    return out_N
 
 
 def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.dtype, torch.Size, Iterable[Tensor]]],
@@ -81,7 +99,8 @@ def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.dtype, torc
         for name, dtype, shape, pieces in tensors:
             before = file.tell()
             for piece in pieces:
-                file.write(memoryview(piece.to(dtype).contiguous().flatten().view(torch.uint8).numpy()))
+                for part in piece.split(CHUNK):
+                    file.write(memoryview(part.to(dtype).contiguous().view(torch.uint8).numpy()))
             written = file.tell() - before
             if written != shape.numel() * dtype.itemsize:
                 raise CheckpointError(f"{name}: {written} bytes for a tensor of shape {list(shape)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+from tools.conversion.files import CHUNK
 from tools.conversion.sharded import ShardedCheckpoint
 from tools.conversion.source import Source
 from trainer.errors import NumericalError
@@ -39,8 +40,8 @@ def health(source: Source, every: bool) -> str:
     for kind in source.kinds:
         squares = 0.0
         for name, shape in source.shapes.items():
-            square = sum(float(piece.double().square().sum())
-                         for piece in source.pieces(kind, name, 0, shape.numel()))
+            square = sum(float(part.double().square().sum())
+                         for piece in source.pieces(kind, name, 0, shape.numel()) for part in piece.split(CHUNK))
             squares += square
             if not math.isfinite(square):
                 sick.append(f"{kind} of {name}")

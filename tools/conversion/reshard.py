@@ -18,7 +18,7 @@ from tqdm import tqdm
 from model.errors import ConfigError
 from model.moe.layer import MoELayer
 from tools.conversion.configuration import write_configuration
-from tools.conversion.files import scratch
+from tools.conversion.files import fill, scratch
 from tools.conversion.layout import Layout, Partition, Topology, empty_model
 from tools.conversion.sharded import model_states_file, optimizer_states_file
 from tools.conversion.source import AVERAGE, MOMENTS, WEIGHTS, Source, TrainingFacts
@@ -80,10 +80,7 @@ class _Writer:
     def _flat(self, kind: str, partition: Partition) -> Tensor:
         out = scratch(partition.numel, torch.float32, self.folder)
         for piece in partition.pieces:
-            offset = piece.offset
-            for part in self.source.pieces(kind, piece.name, piece.start, piece.start + piece.numel):
-                out[offset:offset + len(part)] = part
-                offset += len(part)
+            fill(out[piece.offset:], self.source.pieces(kind, piece.name, piece.start, piece.start + piece.numel))
         return out
 
     def _optimizer_state(self, rank: int) -> dict:
@@ -140,11 +137,7 @@ class _Writer:
             return torch.empty(0, dtype=self.facts.dtype)
         shape = self.source.shapes[name]
         out = scratch(shape.numel(), self.facts.dtype, self.folder)
-        offset = 0
-        for part in self.source.pieces(WEIGHTS, name, 0, shape.numel()):
-            out[offset:offset + len(part)] = part
-            offset += len(part)
-        return out.view(shape)
+        return fill(out, self.source.pieces(WEIGHTS, name, 0, shape.numel())).view(shape)
 
     def _write_experts(self) -> None:
         """Stages 1 and 2 keep the weights that an expert computes with in a file of its own."""

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from model.moe.layer import MoELayer
 from tools.conversion.configuration import read_configuration, write_configuration
-from tools.conversion.files import load, scratch
+from tools.conversion.files import fill, load, scratch
 from tools.conversion.layout import empty_model
 from tools.conversion.sharded import model_states_file
 from tools.conversion.source import AVERAGE, MOMENTS, WEIGHTS, Source, TrainingFacts
@@ -73,11 +73,7 @@ def _write_model_states(folder: Path, source: Source) -> None:
 def _copy(source: Source, kind: str, name: str, folder: Path) -> Tensor:
     shape = source.shapes[name]
     out = scratch(shape.numel(), torch.float32, folder)
-    offset = 0
-    for piece in source.pieces(kind, name, 0, shape.numel()):
-        out[offset:offset + len(piece)] = piece
-        offset += len(piece)
-    return out.view(shape)
+    return fill(out, source.pieces(kind, name, 0, shape.numel())).view(shape)
 
 
 class UniversalCheckpoint(Source):

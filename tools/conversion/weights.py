@@ -22,6 +22,10 @@ from trainer.config import RunConfig, to_dict
 from trainer.ds_config import read_json
 from trainer.errors import CheckpointError
 
+_NEEDED = ("vocab", "vocab_size", "seq_len", "config_name", "hidden_dim", "hidden_t_dim", "noise_schedule",
+           "diffusion_steps", "dropout")
+"""What must be known of an original's run."""
+
 
 class ExportedModel(Source):
     """A run's `model` folder, or one that was converted."""
@@ -30,6 +34,8 @@ class ExportedModel(Source):
 
     def __init__(self, folder: Path):
         config = read_json(folder / "config.json", "FROM")
+        if "run" not in config:
+            raise CheckpointError(f"{folder / 'config.json'} says nothing of a run: this is no model of this program")
         self.run = config_load.from_dict(config["run"], str(folder / "config.json"))
         self.step, self.weights = config.get("step"), config.get("weights")
         self.vocabulary = folder / "vocabulary.model"
@@ -58,6 +64,9 @@ class OriginalDiffuSeq(Source):
 
     def __init__(self, path: Path, table: str):
         arguments = read_json(path.parent / "training_args.json", "FROM")
+        lacking = [key for key in _NEEDED if key not in arguments]
+        if lacking:
+            raise CheckpointError(f"{path.parent / 'training_args.json'} lacks {', '.join(lacking)}")
         run = config_load.load(recipe="diffuseq")
         data = replace(run.data, max_source_tokens=arguments["seq_len"] // 2,
                        max_target_tokens=arguments["seq_len"] // 2, row_tokens=arguments["seq_len"])
