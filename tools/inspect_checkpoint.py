@@ -21,6 +21,7 @@ import argparse
 import os
 
 from tools.command import run
+from trainer.errors import NumericalError
 from trainer.parser import Parser
 
 _DIFFERENT = 3
@@ -43,7 +44,10 @@ def main() -> None:
     source = open_source(args.path)
     if args.diff is None:
         print(summary(args.path, source))
-        print(health(source, args.tensors))
+        figures, sick = health(source, args.tensors)
+        print(figures)
+        if sick:
+            raise NumericalError(f"NaN or infinity in {len(sick)} tensors: {', '.join(sick[:5])}")
         return
     found = differences(source, open_source(args.diff))
     print("\n".join(found) or f"{args.path} and {args.diff} hold the same tensors")

@@ -175,7 +175,7 @@ def _unknown_key(folder):
     (lambda folder: (folder / "rank00000.pt").unlink(), "universal", 84, "rank00000.pt: "),
     (lambda folder: (folder / "manifest.json").write_text("{"), "model", 84, "no readable manifest.json"),
     (lambda folder: (folder / "config" / "run.toml").unlink(), "model", 84, "is of an unknown run"),
-    (_unknown_key, "safetensors", 84, "1 tensors would be not used: surplus"),
+    (_unknown_key, "safetensors", 84, "1 tensors would be unknown: surplus"),
     (lambda folder: (folder / "model.safetensors").write_bytes(b"12345678"), "model", 84, "cannot be read"),
 ])
 def test_damage_is_one_line_and_leaves_nothing(trained, tool, tmp_path, damage, form, expect, message):
@@ -202,7 +202,7 @@ def test_damage_is_one_line_and_leaves_nothing(trained, tool, tmp_path, damage, 
      "train.expert_parallel_size: is 3, but must divide"),
     (("{run}/model", "{to}", "--format", "universal"), "--format: universal needs a training state"),
     (("{run}/model", "{to}", "--format", "model", "--weights", "trained"), "--weights: only applies to training"),
-    (("{run}", "{to}", "--format", "model", "--vocabulary", "{other}"), "--vocabulary: {other} has 300 pieces, but"),
+    (("{run}", "{to}", "--format", "model", "--vocabulary", "{other}"), "--vocabulary: {other} has 270 pieces, but"),
     (("{run}", "{to}", "--format", "model", "--embeddings", "live"), "--embeddings: only applies to the original"),
     (("{run}", "{to}"), "command line: the following arguments are required: --format"),
 ])
@@ -212,7 +212,7 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, tool, tmp_path, argume
     (here / "mine").write_text("kept")
     if "{other}" in arguments:
         from trainer.data.vocabulary import train_vocabulary
-        train_vocabulary(["abcdefgh bad cafe"] * 50, other, 300)
+        train_vocabulary(["abcdefgh bad cafe"] * 50, other, 270)
     names = {"run": trained, "here": here, "to": room / "to", "other": other}
     said = convert(tool, *[part.format(**names) for part in arguments], expect=80)
     assert message.format(**names) in said and len(said.strip().splitlines()) == 1

@@ -8,7 +8,6 @@ from pathlib import Path
 from tools.conversion.files import CHUNK
 from tools.conversion.sharded import ShardedCheckpoint
 from tools.conversion.source import Source
-from trainer.errors import NumericalError
 
 
 def summary(path: Path, source: Source) -> str:
@@ -33,9 +32,9 @@ def summary(path: Path, source: Source) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def health(source: Source, every: bool) -> str:
-    """Root mean square of all tensors of each kind, with `every` of each tensor. NumericalError, which names them,
-    where some hold NaN or infinity."""
+def health(source: Source, every: bool) -> tuple[str, list[str]]:
+    """Norm and root mean square of all tensors of each kind, with `every` of each tensor; and which tensors hold NaN or
+    infinity."""
     lines, sick = [], []
     for kind in source.kinds:
         squares = 0.0
@@ -49,9 +48,7 @@ def health(source: Source, every: bool) -> str:
                 lines.append(f"  {kind:10} {name} {list(shape)} rms {math.sqrt(square / max(1, shape.numel())):.4g}")
         total = sum(shape.numel() for shape in source.shapes.values())
         lines.append(f"{kind}: norm {math.sqrt(squares):.6g}, root mean square {math.sqrt(squares / total):.4g}")
-    if sick:
-        raise NumericalError("\n".join([*lines, f"NaN or infinity in {len(sick)} tensors: {', '.join(sick[:5])}"]))
-    return "\n".join(lines)
+    return "\n".join(lines), sick
 
 
 def differences(one: Source, other: Source) -> list[str]:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 from deepspeed import __version__ as version
+from deepspeed.checkpoint.constants import EP_IS_EXPERT_PARAM, EP_NUM_EXPERTS
 from deepspeed.runtime.zero.config import ZeroStageEnum
 from torch import Tensor
 from tqdm import tqdm
@@ -40,7 +41,7 @@ def write_universal(folder: Path, source: Source, vocabulary: Path | None) -> No
     for name in tqdm(source.shapes, desc="writing", unit="parameter"):
         place = folder / "zero" / name
         place.mkdir(parents=True)
-        more = {"ep_is_expert_param": True, "ep_num_experts": experts[name]} if name in experts else {}
+        more = {EP_IS_EXPERT_PARAM: True, EP_NUM_EXPERTS: experts[name]} if name in experts else {}
         for kind in (WEIGHTS, *MOMENTS):
             torch.save({"param": _copy(source, kind, name, folder), "cat_dim": 0, **more}, place / f"{kind}.pt")
         torch.save(facts.adam_step, place / "step.pt")
