@@ -202,7 +202,7 @@ def test_damage_is_one_line_and_leaves_nothing(trained, tool, tmp_path, damage, 
      "train.expert_parallel_size: is 3, but must divide"),
     (("{run}/model", "{to}", "--format", "universal"), "--format: universal needs a training state"),
     (("{run}/model", "{to}", "--format", "model", "--weights", "trained"), "--weights: only applies to training"),
-    (("{run}", "{to}", "--format", "model", "--vocabulary", "{other}"), "--vocabulary: {other} has 270 pieces, but"),
+    (("{run}", "{to}", "--format", "model", "--vocabulary", "{other}"), "--vocabulary: {other} has 276 pieces, but"),
     (("{run}", "{to}", "--format", "model", "--embeddings", "live"), "--embeddings: only applies to the original"),
     (("{run}", "{to}"), "command line: the following arguments are required: --format"),
 ])
@@ -212,7 +212,7 @@ def test_mistakes_are_one_line_and_leave_nothing(trained, tool, tmp_path, argume
     (here / "mine").write_text("kept")
     if "{other}" in arguments:
         from trainer.data.vocabulary import train_vocabulary
-        train_vocabulary(["abcdefgh bad cafe"] * 50, other, 270)
+        train_vocabulary(["abcdefgh bad cafe"] * 50, other, 276)
     names = {"run": trained, "here": here, "to": room / "to", "other": other}
     said = convert(tool, *[part.format(**names) for part in arguments], expect=80)
     assert message.format(**names) in said and len(said.strip().splitlines()) == 1
