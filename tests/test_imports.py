@@ -18,7 +18,9 @@ ROOMS = ("model", "trainer", "tools")
 FORBIDDEN = {"model": {"trainer", "tools", "tests", "deepspeed"}, "trainer": {"tools", "tests"}, "tools": {"tests"}}
 KERNEL_FILES = {"flash_attn": "model/attention/flash_attn.py", "megablocks": "model/moe/megablocks.py",
                 "grouped_gemm": "model/moe/megablocks.py", "triton": "model/moe/megablocks.py"}
-DEEPSPEED_FILES = {"trainer/engine.py", "trainer/expert_parallel.py", "trainer/launch.py", "trainer/snapshot.py"}
+DEEPSPEED_FILES = {"trainer/engine.py", "trainer/expert_parallel.py", "trainer/launch.py",
+                   "trainer/parameter_groups.py", "trainer/snapshot.py", "tools/conversion/reshard.py",
+                   "tools/conversion/universal.py"}
 
 
 class Import(NamedTuple):

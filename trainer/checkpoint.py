@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -153,7 +153,7 @@ def _write_shards(temporary: Path, files: dict[str, object], go_on: Callable[[],
         torch.save(state, temporary / name)
 
 
-def _seal(temporary: Path, files: dict[str, object], go_on: Callable[[], None]) -> dict[str, dict]:
+def _seal(temporary: Path, files: Iterable[str], go_on: Callable[[], None]) -> dict[str, dict]:
     """Brings the files to the disk; what the manifest says of each."""
     entries = {}
     for name in files:
@@ -166,6 +166,13 @@ def _seal(temporary: Path, files: dict[str, object], go_on: Callable[[], None]) 
 def _commit(temporary: Path, final: Path, manifest: dict) -> None:
     _write_manifest(temporary, manifest)
     _publish(temporary, final)
+
+
+def seal(folder: Path, facts: dict) -> None:
+    """Makes a folder that one process has written a checkpoint: its files' checksums and `facts` become its manifest.
+    facts: what `Saver.start` is given, with the step."""
+    names = [str(path.relative_to(folder)) for path in sorted(folder.rglob("*")) if path.is_file()]
+    _write_manifest(folder, {**facts, "files": _seal(folder, names, lambda: None)})
 
 
 def _write_manifest(temporary: Path, manifest: dict) -> None:
@@ -207,9 +214,9 @@ def by_step(folder: Path) -> dict[int, Path]:
     return dict(sorted((int(name.removeprefix("step-")), path) for name, path in found.items()))
 
 
-def find(run_dir: Path, ranks: Ranks, say: Callable[[str], None]) -> tuple[Path, dict] | None:
-    """The newest whole checkpoint of a run and its manifest; `say` is told of each damaged one passed. A collective:
-    the ranks share the reading."""
+def find(run_dir: Path, ranks: Ranks | None, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+    """The newest whole checkpoint of a run and its manifest; `say` is told of each damaged one passed. With `ranks` a
+    collective: they share the reading."""
     passed = []
     for folder in reversed(by_step(run_dir / "checkpoints").values()):
         try:

@@ -158,7 +158,7 @@ def load_ds_config(path: str | Path) -> DSConfig:
         raise ConfigError("--ds_config", f"there is no file {path}; shipped: {shipped}")
     values = read_json(path, "--ds_config")
     _check_keys(values, KEYS, path)
-    return _resolve(values, path)
+    return resolve(values, path)
 
 
 def read_json(path: Path, option: str) -> dict:
@@ -213,7 +213,8 @@ def _hint(key: str, known: dict, prefix: str) -> str:
     return f"did you mean {prefix}{close[0]}?" if close else f"known here: {', '.join(sorted(known))}"
 
 
-def _resolve(values: dict, path: Path) -> DSConfig:
+def resolve(values: dict, path: Path) -> DSConfig:
+    """Fills in what a DeepSpeed JSON leaves out; ConfigError, which names `path`, for what cannot work."""
     def need(ok: bool, key: str, problem: str) -> None:
         if not ok:
             raise ConfigError(key, f"{problem} ({path})")

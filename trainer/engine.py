@@ -9,7 +9,6 @@ from pathlib import Path
 
 import deepspeed
 import torch
-from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from torch import Tensor
 
 from model.diffusion_lm import DiffusionLM, LossReport
@@ -19,11 +18,12 @@ from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError
 from trainer.kernels import DTYPES
 from trainer.launch import Ranks
+from trainer.parameter_groups import parameter_groups
 from trainer.randomness import random_states, restore_random_states
 from trainer.snapshot import Files, HostCopies, RecordingEngine
 
-_TABLES = ("embedding", "denoiser.position")  # of tokens and of learned positions: no matrices
-_TAG = "engine"  # DeepSpeed's sub-folder inside a checkpoint
+TAG = "engine"
+"""DeepSpeed's sub-folder inside a checkpoint."""
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
@@ -49,6 +49,11 @@ def update_average(averages: list[Tensor], parts: list[Tensor], decay: float) ->
         average.lerp_(part.detach(), 1 - decay)
 
 
+def rank_file(rank: int) -> str:
+    """Where a checkpoint keeps what DeepSpeed does not know of a rank."""
+    return f"rank{rank:05d}.pt"
+
+
 class Engine:
     """A DiffusionLM under ZeRO, with the average of its weights.
 
@@ -71,12 +76,7 @@ class Engine:
 
     def _adamw(self, model: DiffusionLM, ds: DSConfig) -> torch.optim.Optimizer:
         optim = self.run.optim
-        matrices = [p for name, p in model.named_parameters() if p.dim() >= 2 and name not in _TABLES]
-        others = [p for name, p in model.named_parameters() if p.dim() < 2 or name in _TABLES]
-        groups = [{"params": matrices, "weight_decay": optim.weight_decay, "name": "decay"},
-                  {"params": others, "weight_decay": 0.0, "name": "no_decay"}]
-        # Sharded experts go into groups of their own, which ZeRO partitions over the ranks that hold them.
-        groups = [group for group in split_params_into_different_moe_groups_for_optimizer(groups) if group["params"]]
+        groups = parameter_groups(model, optim.weight_decay)
         settings = {"lr": optim.lr, "betas": tuple(optim.betas), "eps": optim.eps}
         if ds.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
@@ -196,25 +196,22 @@ class Engine:
         held, engine.checkpoint_engine = engine.checkpoint_engine, recording
         engine._copy_recovery_script = lambda save_path: None  # it cannot read experts
         try:
-            engine.save_checkpoint(str(root), tag=_TAG, save_latest=False)
+            engine.save_checkpoint(str(root), tag=TAG, save_latest=False)
         finally:
             engine.checkpoint_engine = held
         recording.save({"ema": self.ema, "updates": self.updates, "random": random_states(self.ranks.device)},
-                       str(root / self._rank_file()))
+                       str(root / rank_file(self.ranks.rank)))
         if copies:
             self._copies.finish()
         return recording.files
 
     def load(self, folder: Path) -> None:
         """Restores what a checkpoint of `state_files` holds, on the same topology."""
-        path, _ = self.engine.load_checkpoint(str(folder), tag=_TAG)
+        path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load its state; see its message above")
-        state = torch.load(folder / self._rank_file(), map_location=self.ranks.device, weights_only=True)
+        state = torch.load(folder / rank_file(self.ranks.rank), map_location=self.ranks.device, weights_only=True)
         self.updates = state["updates"]
         for average, saved in zip(self.ema, state["ema"], strict=True):
             average.copy_(saved)
         restore_random_states(state["random"], self.ranks.device)
-
-    def _rank_file(self) -> str:
-        return f"rank{self.ranks.rank:05d}.pt"

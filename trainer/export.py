@@ -29,10 +29,15 @@ def write_model(folder: Path, run: RunConfig, state: dict[str, Tensor], vocabula
     weights = temporary / "model.safetensors"
     save_file({name: value.contiguous() for name, value in state.items()}, weights)
     weights.chmod(0o644)  # safetensors lets nobody else read it
-    (temporary / "config.json").write_text(json.dumps({"run": to_dict(run), **facts}, indent=1))
-    shutil.copyfile(vocabulary, temporary / "vocabulary.model")
+    describe_model(temporary, run, vocabulary, facts)
     shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
+
+
+def describe_model(folder: Path, run: RunConfig, vocabulary: Path, facts: dict) -> None:
+    """Writes what an exported model's folder holds beside its weights."""
+    (folder / "config.json").write_text(json.dumps({"run": to_dict(run), **facts}, indent=1))
+    shutil.copyfile(vocabulary, folder / "vocabulary.model")
 
 
 def model_folder(path: Path) -> Path:
@@ -45,7 +50,8 @@ def read_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Diffus
     missing = [name for name in _FILES if not (folder / name).is_file()]
     if missing:
         raise CheckpointError(f"{folder} is no exported model: it has no {', '.join(missing)}. A finished run keeps "
-                              "its model in RUN/model")
+                              "its model in RUN/model; of another, make one from its checkpoints: python "
+                              f"tools/convert_checkpoint.py {folder} TO --format model")
     config = folder / "config.json"
     run = from_dict(json.loads(config.read_text())["run"], str(config))
     model = DiffusionLM(run.model)

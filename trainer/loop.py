@@ -57,6 +57,8 @@ class TrainingRun:
             self.data = prepare(run.data, splits=("train", "valid"), progress=True)
         watchdog.start()  # not earlier: ranks may wait long for the one that prepares
         self.vocabulary = vocabulary = self.data.vocabulary
+        if ranks.first:
+            folder.keep_vocabulary(vocabulary.path)
         self.run = run = replace(run, model=replace(
             run.model, vocab_size=vocabulary.size, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id,
             bos_id=vocabulary.bos_id))

@@ -1,6 +1,6 @@
 """The folder of one run: who owns it, what it was configured as, where it resumes, how it ended.
 
-    config/     run.toml, deepspeed.json (both resolved), environment.json, code.diff
+    config/     run.toml, deepspeed.json (both resolved), vocabulary.model, environment.json, code.diff
     metrics.jsonl, tb/     checkpoints/step-*     samples/     model/ (once finished)     status.json
     heartbeats/, logs/ (trainer/watchdog.py)     profile/     stop, save (trainer/signals.py)
 """
@@ -11,6 +11,7 @@ import fcntl
 import importlib.metadata
 import json
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -72,6 +73,10 @@ class RunFolder:
                 past.unlink(missing_ok=True)
         except OSError as error:
             raise ConfigError("--run_dir", f"{self.path} cannot be written: {error.strerror or error}") from error
+
+    def keep_vocabulary(self, vocabulary: Path) -> None:
+        """Copies the run's vocabulary to its configuration, so that its checkpoints can be exported anywhere."""
+        shutil.copyfile(vocabulary, self.path / "config" / "vocabulary.model")
 
     @contextmanager
     def kept(self) -> Iterator[None]:

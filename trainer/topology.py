@@ -10,8 +10,8 @@ from trainer.config import RunConfig
 from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError
 
-RESHARD = ("python tools/convert_checkpoint.py reshard {source} TO --world {world} --expert_parallel_size "
-           "{expert_parallel_size} --zero_stage {zero_stage}")
+RESHARD = ("python tools/convert_checkpoint.py {source} TO --format checkpoint --world {world} "
+           "--expert_parallel_size {expert_parallel_size} --zero_stage {zero_stage}")
 """The command that converts a checkpoint to another topology."""
 
 

@@ -310,8 +310,8 @@ MISTAKES = [
             "choose another --run_dir, or auto to continue", arguments=("--resume", "none"), resumes=True),
     # ---- checkpoints
     Mistake("Checkpoints", "another ZeRO stage", "…/step-00000002 was saved with zero_stage = 2, this run has "
-            "zero_stage = 1: start it as it was saved, or convert it: python …convert_checkpoint.py reshard "
-            "…/step-00000002 TO --world … --expert_parallel_size 1 --zero_stage 1", 84,
+            "zero_stage = 1: start it as it was saved, or convert it: python …convert_checkpoint.py "
+            "…/step-00000002 TO --format checkpoint --world … --expert_parallel_size 1 --zero_stage 1", 84,
             ds={"zero_optimization": {"stage": 1}}, resumes=True),
     Mistake("Checkpoints", "another number of ranks, and of rows in a step", "…/step-00000002 was saved with world = "
             "1, rows_per_step = 1, this run has world = 2, rows_per_step = 2: choose micro-batch and accumulation so "

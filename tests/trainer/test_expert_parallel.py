@@ -190,9 +190,9 @@ def test_resumed_to_the_bit_and_bound_to_the_number_of_shards(workplace, world, 
     shutil.rmtree(checkpoints / "step-00000008")
     _, printed = workplace.run(name, world, 1, stage, settings, expect=84)
     assert (f"step-00000004 was saved with expert_parallel_size = {shards}, this run has expert_parallel_size = 1: "
-            "start it as it was saved, or convert it: python tools/convert_checkpoint.py reshard "
-            f"{checkpoints / 'step-00000004'} TO --world {world} --expert_parallel_size 1 --zero_stage {stage}\n"
-            ) in printed and "Traceback" not in printed
+            "start it as it was saved, or convert it: python tools/convert_checkpoint.py "
+            f"{checkpoints / 'step-00000004'} TO --format checkpoint --world {world} --expert_parallel_size 1 "
+            f"--zero_stage {stage}\n") in printed and "Traceback" not in printed
     resumed, printed = workplace.run(name, world, shards, stage, settings)
     assert "resumed from" in printed
     for one, other in zip(unbroken, resumed, strict=True):

@@ -51,7 +51,7 @@ def test_a_checkpoint_of_another_topology_is_refused_with_what_to_do(tmp_path):
     for other, was in ((of(2, 2, 2), "world = 2"), (of(4, 1, 1), "expert_parallel_size = 1"),
                        (of(4, 2, 1, stage=3), "zero_stage = 3")):
         with pytest.raises(CheckpointError, match=rf"^c was saved with {was}, this run has .* or convert it: python "
-                           r"tools/convert_checkpoint.py reshard c TO --world 4 --expert_parallel_size 2 "
+                           r"tools/convert_checkpoint.py c TO --format checkpoint --world 4 --expert_parallel_size 2 "
                            r"--zero_stage 2$"):
             check_same(Path("c"), other, here)
     with pytest.raises(CheckpointError, match=r"^c was saved with world = 2, rows_per_step = 2, this run has world = "

@@ -1,0 +1,116 @@
+"""Models without a training state: reads exported ones and the original DiffuSeq's, writes safetensors and exports."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from model.diffuseq_import import TABLES, original_config
+from model.errors import ConfigError
+from tools.conversion.files import load, write_safetensors
+from tools.conversion.layout import empty_model
+from tools.conversion.mapping import Rule, check
+from tools.conversion.source import WEIGHTS, Source
+from trainer import config_load
+from trainer.config import RunConfig, to_dict
+from trainer.ds_config import read_json
+from trainer.errors import CheckpointError
+
+_NEEDED = ("vocab", "vocab_size", "seq_len", "config_name", "hidden_dim", "hidden_t_dim", "noise_schedule",
+           "diffusion_steps", "dropout")
+"""What must be known of an original's run."""
+
+
+class ExportedModel(Source):
+    """A run's `model` folder, or one that was converted."""
+
+    kinds = (WEIGHTS,)
+
+    def __init__(self, folder: Path):
+        config = read_json(folder / "config.json", "FROM")
+        if "run" not in config:
+            raise CheckpointError(f"{folder / 'config.json'} says nothing of a run: this is no model of this program")
+        self.run = config_load.from_dict(config["run"], str(folder / "config.json"))
+        self.step, self.weights = config.get("step"), config.get("weights")
+        self.vocabulary = folder / "vocabulary.model"
+        path = folder / "model.safetensors"
+        try:
+            self._file = safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        buffers = {name for name, _ in empty_model(self.run.model).named_buffers()}
+        names = set(self._file.keys())
+        self.shapes = {name: torch.Size(self._file.get_slice(name).get_shape()) for name in sorted(names - buffers)}
+        self.buffers = {name: self._file.get_tensor(name) for name in buffers & names}
+
+    def pieces(self, kind: str, name: str, start: int, stop: int) -> Iterator[Tensor]:
+        yield self._file.get_tensor(name).flatten()[start:stop]
+
+
+class OriginalDiffuSeq(Source):
+    """A `.pt` file of DiffuSeq or DiffuSeq-v2, with its run's training_args.json and BERT configuration beside it.
+
+    table: which embeddings, `live` or `averaged`; the other table is not used.
+    """
+
+    kinds = (WEIGHTS,)
+    vocabulary = step = None
+
+    def __init__(self, path: Path, table: str):
+        arguments = read_json(path.parent / "training_args.json", "FROM")
+        lacking = [key for key in _NEEDED if key not in arguments]
+        if lacking:
+            raise CheckpointError(f"{path.parent / 'training_args.json'} lacks {', '.join(lacking)}")
+        run = config_load.load(recipe="diffuseq")
+        data = replace(run.data, max_source_tokens=arguments["seq_len"] // 2,
+                       max_target_tokens=arguments["seq_len"] // 2, row_tokens=arguments["seq_len"])
+        model = original_config(arguments, _bert(path.parent, arguments))
+        if model.head_dim % 8:  # too narrow for the fast backends
+            model = replace(model, attention=replace(model.attention, backend="reference"))
+        self.run = replace(run, data=data, model=model)
+        state = load(path)
+        if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
+            raise CheckpointError(f"{path} is none of DiffuSeq's checkpoints: it must hold tensors by name")
+        other = {*TABLES.values(), "position_ids"} - {TABLES[table]}
+        self._state = {name: value for name, value in state.items() if name not in other}
+        self.shapes = {name: value.shape for name, value in self._state.items()}
+        # The original counted no unigrams: the prior is uniform.
+        self.buffers = {"prior_count_V": torch.zeros(self.run.model.vocab_size, dtype=torch.int64)}
+
+    def pieces(self, kind: str, name: str, start: int, stop: int) -> Iterator[Tensor]:
+        yield self._state[name].detach().flatten()[start:stop]
+
+
+def _bert(folder: Path, arguments: dict) -> dict:
+    """The BERT configuration that the original took from the hub by the name `config_name`."""
+    for name in (f"{arguments['config_name']}.json", "bert_config.json", "config.json"):
+        if (folder / name).is_file():
+            return read_json(folder / name, "FROM")
+    raise ConfigError("FROM", f"{folder} needs the config.json of {arguments['config_name']}, whose sizes the network "
+                      "has: put it there as bert_config.json")
+
+
+def write_weights(path: Path, source: Source, run: RunConfig, rules: list[Rule], kind: str, dtype: torch.dtype,
+                  metadata: dict[str, str]) -> None:
+    """Writes the model that `run` describes as one safetensors file, each tensor by its rule."""
+    targets = empty_model(run.model).state_dict()
+    made = {rule.target: rule for rule in rules}
+    check(rules, source.shapes, targets.keys() - source.buffers.keys())
+    for rule in rules:
+        if rule.combine is None and source.shapes[rule.sources[0]] != targets[rule.target].shape:
+            raise CheckpointError(f"{rule.target} has shape {list(source.shapes[rule.sources[0]])}, where its "
+                                  f"configuration says {list(targets[rule.target].shape)}")
+    tensors = [(name, value.dtype, value.shape, iter([value.flatten()])) for name, value in source.buffers.items()]
+    tensors += [(name, dtype, targets[name].shape, made[name].pieces(source, kind)) for name in sorted(made)]
+    write_safetensors(path, tensors, {"format": "pt", **metadata})
+
+
+def metadata_of(run: RunConfig, facts: dict) -> dict[str, str]:
+    """What a file of weights says of itself, so that it can be read without its run."""
+    return {"run": json.dumps(to_dict(run)), **{key: str(value) for key, value in facts.items()}}
