@@ -33,7 +33,7 @@ class _RunParser(Parser):
     def error(self, message: str) -> NoReturn:
         option = message.partition("unrecognized arguments: --")[2].partition(" ")[0].partition("=")[0]
         keys = [key.name for key in describe() if option and option in (key.name, key.name.rpartition(".")[2])]
-        super().error(f"{message}; did you mean --set {keys[0]}=…?" if keys else message)
+        super().error(f"{message}; did you mean --set {min(keys, key=len)}=…?" if keys else message)
 
 
 class _HelpConfig(argparse.Action):

@@ -130,7 +130,8 @@ MISTAKES = [
     Mistake("Run configuration", "heads that do not divide the width", "model.attention.heads: 3 heads do not divide "
             "model.width = 32: choose a number that does", set=("model.attention.heads=3",)),
     Mistake("Run configuration", "heads that are too narrow", "model.attention.heads: width 32 / 8 heads gives head "
-            "width 4; it must be a multiple of 8", set=("model.attention.heads=8",)),
+            "width 4; it must be a multiple of 8, or even with model.attention.backend = reference",
+            set=("model.attention.heads=8",)),
     Mistake("Run configuration", "more experts for a token than there are", "model.moe.top_k: 5 of 4 experts: must "
             "lie between 1 and model.moe.experts", set=("model.moe.top_k=5",)),
     Mistake("Run configuration", "a name that is not one of the choices", "sample.solver: is 'euler', must be one of "

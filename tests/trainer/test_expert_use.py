@@ -34,9 +34,9 @@ def micro_batch(seed: int, device: str = "cpu") -> tuple[LossReport, PackedBatch
     report = LossReport(torch.rand((), generator=generator), {"cross_entropy": torch.ones(())}, empty,
                         torch.rand(12, generator=generator), LOW + (HIGH - LOW) * torch.rand(12, generator=generator),
                         token_M, aux)
-    batch = PackedBatch(tokens_T=empty, document_T=document_T, position_T=position_T, is_target_T=empty, draw_T=empty,
-                        in_loss_T=empty, row_T=empty, copy_T=empty, sample_C=empty, draw_C=empty, stratum_C=empty,
-                        rows=1, documents=len(LENGTHS), strata=1)
+    batch = PackedBatch(tokens_T=empty, document_T=document_T, position_T=position_T, is_target_T=empty,
+                        is_given_T=empty, draw_T=empty, in_loss_T=empty, row_T=empty, copy_T=empty,
+                        sample_C=empty, draw_C=empty, stratum_C=empty, rows=1, documents=len(LENGTHS), strata=1)
     if device != "cpu":
         report = LossReport(*(torch.utils._pytree.tree_map(lambda value: value.to(device), part) for part in report))
     return report, batch.to(device)
