@@ -44,7 +44,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, metavar="TO")
     parser.add_argument("--format", choices=_OPTIONS, required=True,
                         help="safetensors: all weights in one file; model: a folder with configuration and vocabulary; "
-                             "checkpoint: a training state to resume from; universal: DeepSpeed's form of one")
+                             "checkpoint: a training state to resume from; universal: DeepSpeed's form of one "
+                             "(which it loads in ZeRO-3)")
     weights = parser.add_argument_group("safetensors and model")
     weights.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
     weights.add_argument("--weights", choices=("average", "trained"),

@@ -67,8 +67,8 @@ def test_training_goes_on_through_topologies_as_uninterrupted(runs, convert):
             assert other[name] == pytest.approx(one[name], rel=1e-6), (one["step"], name)
 
 
-def loading_rank(folder, stage, rank, world, port):
-    """One rank: DeepSpeed's own loading of a universal checkpoint; writes down the whole weights."""
+def loading_rank(folder, rank, world, port):
+    """One rank: DeepSpeed's own loading of a universal checkpoint in ZeRO-3; writes down the whole weights."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world), "LOCAL_RANK": str(rank),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     import deepspeed
@@ -84,27 +84,26 @@ def loading_rank(folder, stage, rank, world, port):
     model.init_weights(1)
     engine = deepspeed.initialize(
         model=model, optimizer=torch.optim.AdamW(parameter_groups(model, 0.01)),
-        config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage},
+        config={"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3},
                 "checkpoint": {"load_universal": True}})[0]
     engine.load_checkpoint(str(folder), tag="universal")
-    with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=stage == 3):
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
         state = whole_state(engine.module, dict(engine.module.named_parameters()))
         if rank == 0:
             torch.save({name: value.detach().clone() for name, value in state.items()}, folder / "loaded.pt")
     launch.stop()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_deepspeed_loads_the_universal_layout(runs, convert, launcher, tmp_path, stage):
+def test_deepspeed_loads_the_universal_layout(runs, convert, launcher, tmp_path):
     run = runs.run(tmp_path.name, 1, 1, 1, 2)
     convert(run, tmp_path / "universal", "--format", "universal")
     port = free_port()
-    codes = join([launcher.Process(target=loading_rank, args=(tmp_path, stage, rank, 2, port))
-                  for rank in range(2)], 240)
+    codes = join([launcher.Process(target=loading_rank, args=(tmp_path, rank, 2, port)) for rank in range(2)], 240)
     assert codes == [0, 0]
     source, loaded = open_source(run), torch.load(tmp_path / "loaded.pt")
     assert loaded.keys() == source.shapes.keys()
-    assert all(torch.equal(value, source.whole("fp32", name)) for name, value in loaded.items())
+    differ = {name: float((value - source.whole("fp32", name)).abs().max()) for name, value in loaded.items()}
+    assert not {name: value for name, value in differ.items() if value}
 
 
 def peak_anonymous(command: list[str]) -> int:
