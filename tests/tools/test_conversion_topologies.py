@@ -19,6 +19,7 @@ from tools import convert_checkpoint
 from tools.conversion.convert import open_source
 from tools.conversion.layout import Topology, empty_model
 from tools.conversion.reshard import write_checkpoint
+from trainer.errors import ExitCode
 
 pytestmark = pytest.mark.slow
 LOSSES = ("loss", "cross_entropy", "balance", "router_z")
@@ -40,7 +41,6 @@ def to(world, shards, stage):
 
 @pytest.mark.parametrize("world, shards, stage, ds", [
     (4, 2, 1, {}), (4, 2, 2, {"bf16": {"enabled": True}}), (4, 2, 3, {}), (2, 1, 3, {"bf16": {"enabled": True}}),
-    (2, 2, 2, {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}),
     (2, 2, 3, {"zero_optimization": {"stage": 3, "sub_group_size": 2000}})])
 def test_files_are_those_of_a_run_on_the_same_topology(runs, convert, tmp_path, world, shards, stage, ds):
     native = runs.run(tmp_path.name, world, shards, stage, 2, **ds)
@@ -49,6 +49,14 @@ def test_files_are_those_of_a_run_on_the_same_topology(runs, convert, tmp_path, 
     folder = next((native / "checkpoints").glob("step-*"))
     assert_same_state(open_source(folder), open_source(tmp_path / "back"))
     assert_same_files(folder, tmp_path / "back")
+
+
+def test_a_layout_that_is_not_known_is_refused(runs, convert, tmp_path):
+    ds = {"zero_optimization": {"stage": 2, "round_robin_gradients": True}}
+    run = runs.run(tmp_path.name, 2, 2, 2, 2, **ds)
+    with pytest.raises(SystemExit) as left:
+        convert(run, tmp_path / "converted", *to(2, 2, 2))
+    assert left.value.code == ExitCode.CHECKPOINT and not (tmp_path / "converted").exists()
 
 
 def test_training_goes_on_through_topologies_as_uninterrupted(runs, convert):
