@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import threading
 import time
@@ -20,11 +19,11 @@ from pathlib import Path
 
 import torch
 
+from trainer.checkpoint_folder import FOLDER, MANIFEST, by_step, name_of
 from trainer.data.files import sync
 from trainer.errors import CheckpointError, storage_failure
 from trainer.launch import Ranks
 
-MANIFEST = "manifest.json"
 _SLOWEST_WRITE = timedelta(hours=2)
 
 
@@ -50,7 +49,7 @@ class Saver:
     """
 
     def __init__(self, run_dir: Path, ranks: Ranks, keep_last: int, keep_every: int):
-        self._folder, self._ranks = run_dir / "checkpoints", ranks
+        self._run_dir, self._folder, self._ranks = run_dir, run_dir / FOLDER, ranks
         self._keep_last, self._keep_every = keep_last, keep_every
         self._group = torch.distributed.new_group(backend="gloo", timeout=_SLOWEST_WRITE)
         self._thread: threading.Thread | None = None
@@ -92,7 +91,7 @@ class Saver:
 
     def _run(self, step: int, facts: dict, files: dict[str, object]) -> None:
         began = time.perf_counter()
-        final = self._folder / f"step-{step:08d}"
+        final = self._folder / name_of(step)
         temporary = final.with_name(f".writing-{final.name}")
         try:
             self._together(lambda: self._begin(temporary), first_only=True)
@@ -112,7 +111,7 @@ class Saver:
         not_removed = None
         if problem is None and self._ranks.first:
             try:
-                _prune(self._folder, step, self._keep_last, self._keep_every)
+                _prune(self._run_dir, step, self._keep_last, self._keep_every)
             except OSError as error:
                 not_removed = str(error)
         self._outcome = SaveOutcome(step, final, problem, not_removed, time.perf_counter() - began)
@@ -191,10 +190,10 @@ def _publish(temporary: Path, final: Path) -> None:
     sync(final.parent)
 
 
-def _prune(folder: Path, step: int, keep_last: int, keep_every: int) -> None:
+def _prune(run_dir: Path, step: int, keep_last: int, keep_every: int) -> None:
     """Removes older checkpoints, and later ones: this run has passed over them, so they are damaged or belong to an
     abandoned continuation."""
-    steps = by_step(folder)
+    steps = by_step(run_dir)
     older = [each for each in steps if each <= step]
     kept = {each for each in older if keep_every > 0 and each % keep_every == 0} | set(older[-keep_last:])
     for each, path in steps.items():
@@ -208,17 +207,11 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
 
 
-def by_step(folder: Path) -> dict[int, Path]:
-    """Step -> folder of its checkpoint, whole or not, ascending. A user's copies by other names do not count."""
-    found = {path.name: path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)}
-    return dict(sorted((int(name.removeprefix("step-")), path) for name, path in found.items()))
-
-
 def find(run_dir: Path, ranks: Ranks | None, say: Callable[[str], None]) -> tuple[Path, dict] | None:
     """The newest whole checkpoint of a run and its manifest; `say` is told of each damaged one passed. With `ranks` a
     collective: they share the reading."""
     passed = []
-    for folder in reversed(by_step(run_dir / "checkpoints").values()):
+    for folder in reversed(by_step(run_dir).values()):
         try:
             manifest = check(folder, ranks)
         except CheckpointError as damage:

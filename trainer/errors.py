@@ -99,8 +99,6 @@ def exit_code_of(exc: BaseException) -> ExitCode:
         return ExitCode.OUT_OF_MEMORY
     if isinstance(exc, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(exc):
         return ExitCode.OUT_OF_MEMORY
-    if "EADDRINUSE" in str(exc):
-        return ExitCode.CONFIG
     if isinstance(exc, torch.distributed.DistError) or "gloo/transport" in str(exc):
         return ExitCode.COMMUNICATION
     return ExitCode.UNEXPECTED
@@ -119,7 +117,4 @@ _UNCLEAR = {
 
 def line_of(exc: BaseException) -> str:
     """What to tell the user about an error, in one line."""
-    if "EADDRINUSE" in str(exc):
-        return (f"port {os.environ.get('MASTER_PORT')} is taken, probably by another run on this machine: give the "
-                "launcher another --master_port (torchrun: --master-port), or set MASTER_PORT")
     return _UNCLEAR.get(exit_code_of(exc), "{text}").format(kind=type(exc).__name__, text=" ".join(str(exc).split()))

@@ -70,7 +70,10 @@ def map_environment() -> None:
 
 
 def start(timeout_minutes: float = 10.0) -> Ranks:
-    """Joins the process group (NCCL on CUDA, gloo otherwise). Every path of the program ends with `stop`."""
+    """Joins the process group (NCCL on CUDA, gloo otherwise). Every path of the program ends with `stop`.
+
+    ConfigError where the ranks cannot meet because MASTER_PORT is taken.
+    """
     map_environment()
     cuda = torch.cuda.is_available()
     if not cuda:
@@ -84,8 +87,15 @@ def start(timeout_minutes: float = 10.0) -> Ranks:
     local_rank = int(os.environ["LOCAL_RANK"])
     if cuda:
         torch.cuda.set_device(local_rank)
-    deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
-                               timeout=timedelta(minutes=timeout_minutes))
+    try:
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
+                                   timeout=timedelta(minutes=timeout_minutes))
+    except torch.distributed.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError("MASTER_PORT", f"{os.environ['MASTER_PORT']} is taken, probably by another run on this "
+                          "machine: give the launcher another --master_port (torchrun: --master-port), or set "
+                          "MASTER_PORT") from error
     device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
     control = torch.distributed.new_group(backend="gloo") if cuda else torch.distributed.group.WORLD
     failure.watch()

@@ -131,6 +131,10 @@ class TrainingRun:
             self.folder.mark("done" if finished else stopped, self.step, self.stop.reason)
         return finished
 
+    def _planned(self, batch: PackedBatch) -> tuple[PackedBatch, BatchPlan]:
+        """A micro-batch with its plan, which takes the CPU a good part of a GPU's time for the step."""
+        return batch, self.model.prepare(batch, device=self.ranks.device, dtype=self.engine.dtype)
+
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.run.train.steps)
 
@@ -193,9 +197,6 @@ class TrainingRun:
             "loss": loss if math.isfinite(loss) else None, "in_a_row": self.guard.in_a_row})
         self.say(f"step {self.step + 1}: skipped, {trouble.what} ({_named(trouble.ranks)})")
         return False
-    def _planned(self, batch: PackedBatch) -> tuple[PackedBatch, BatchPlan]:
-        """A micro-batch with its plan, which takes the CPU a good part of a GPU's time for the step."""
-        return batch, self.model.prepare(batch, device=self.ranks.device, dtype=self.engine.dtype)
 
     def _give_up(self) -> None:
         self.saving.settle(self.step, self._facts())

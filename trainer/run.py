@@ -11,15 +11,16 @@ import importlib.util  # noqa: E402
 import os  # noqa: E402
 import traceback  # noqa: E402
 
+from trainer.errors import ExitCode, LostRankError, exit_code_of, line_of  # noqa: E402
+
 if importlib.util.find_spec("torch") is None:
     print(f"error: {sys.executable} has no torch: activate the environment that `make setup` makes "
           "(. .venv/bin/activate)", file=sys.stderr)
-    sys.exit(80)
+    sys.exit(ExitCode.CONFIG)
 
 from model.allocator import keep_freed_memory  # noqa: E402
 from trainer import failure, launch  # noqa: E402
 from trainer.command_line import parse  # noqa: E402
-from trainer.errors import ExitCode, LostRankError, exit_code_of, line_of  # noqa: E402
 from trainer.topology import check_topology  # noqa: E402
 
 

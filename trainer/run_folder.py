@@ -23,6 +23,7 @@ import torch
 
 from model.errors import ConfigError
 from trainer import checkpoint
+from trainer.checkpoint_folder import by_step
 from trainer.config import RunConfig, describe, to_toml
 from trainer.config_load import load
 from trainer.ds_config import DSConfig
@@ -59,7 +60,7 @@ class RunFolder:
         try:
             config.mkdir(parents=True, exist_ok=True)
             self._acquire(say)
-            started = any((self.path / "checkpoints").glob("step-*"))
+            started = bool(by_step(self.path))
             if started and self.resume == "none":
                 raise ConfigError("--resume", f"is none, but {self.path} holds checkpoints: choose another --run_dir, "
                                   "or auto to continue")
@@ -99,7 +100,7 @@ class RunFolder:
 
     def newest_step(self) -> int:
         """Of the newest checkpoint, whole or not; 0 if there is none."""
-        return max(checkpoint.by_step(self.path / "checkpoints"), default=0)
+        return max(by_step(self.path), default=0)
 
     def mark(self, status: str, step: int, reason: str | None) -> None:
         """Writes status.json, which launchers read: done; preempted (to be started again); or stopped (by the file

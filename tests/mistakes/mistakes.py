@@ -88,8 +88,9 @@ MISTAKES = [
             "(choose from …tiny…base…", arguments=("--preset", "huge"), ranks=BOTH),
     Mistake("Command line", "a key of the run configuration as an option", "command line: unrecognized arguments: "
             "--steps 60; did you mean --set train.steps=…? (--help explains all of it)", arguments=("--steps", "60")),
-    Mistake("Command line", "a port that another run uses", "port … is taken, probably by another run on this machine: "
-            "give the launcher another --master_port (torchrun: --master-port), or set MASTER_PORT", port_taken=True),
+    Mistake("Command line", "a port that another run uses", "MASTER_PORT: … is taken, probably by another run on this "
+            "machine: give the launcher another --master_port (torchrun: --master-port), or set MASTER_PORT",
+            port_taken=True),
     Mistake("Command line", "a value without a key", "--set: must look like train.steps=100, not 'train.steps'",
             set=("train.steps",)),
     Mistake("Command line", "preset by --set", "--set: cannot choose the preset: use --preset", set=("preset=base",)),

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 
 from tests.trainer.forked import free_port, launch, run_rank
+from trainer.checkpoint_folder import MANIFEST
 
 
 def rank_with_fault(command: list[str], folder: Path, rank: int, world: int, port: int, fault) -> None:
@@ -207,7 +208,7 @@ class KillWhileSaving:
         def killed(temporary, manifest):
             write(temporary, manifest)
             if due():
-                path = temporary / checkpoint.MANIFEST
+                path = temporary / MANIFEST
                 os.truncate(path, path.stat().st_size * self.late // 2)
                 self._kill()
 
@@ -233,7 +234,7 @@ class KillWhileSaving:
         def killed(folder):
             if not due():
                 return remove(folder)
-            (folder / checkpoint.MANIFEST).unlink(missing_ok=True)  # one that an earlier kill left
+            (folder / MANIFEST).unlink(missing_ok=True)  # one that an earlier kill left
             if self.late:
                 for path in list(folder.rglob("*.pt"))[:1]:
                     path.unlink()

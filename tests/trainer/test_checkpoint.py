@@ -17,6 +17,7 @@ from tests.trainer.faults import PHASES, FullDisk, KillWhileSaving, SlowDisk
 from tests.trainer.launching import lines
 from tests.trainer.workplace import STEPS, WORLD, Workplace
 from trainer import checkpoint
+from trainer.checkpoint_folder import by_step, completed
 from trainer.errors import CheckpointError
 from trainer.metrics import MetricsLog
 from trainer.snapshot import HostCopies
@@ -29,9 +30,12 @@ def place(launcher, tmp_path_factory):
 
 def test_a_users_copies_do_not_count(tmp_path):
     for name in ("step-00000002", "step-123456789", "step-00000002.bak", "step-00000010-good", "step-x", "other"):
-        (tmp_path / name).mkdir()
-    assert list(checkpoint.by_step(tmp_path)) == [2, 123456789]
-    assert checkpoint.by_step(tmp_path / "none") == {}
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step-00000002" / "manifest.json").touch()
+    (tmp_path / "checkpoints" / "step-00000002.bak" / "manifest.json").touch()
+    assert list(by_step(tmp_path)) == [2, 123456789]
+    assert list(completed(tmp_path)) == [2]
+    assert by_step(tmp_path / "none") == {}
 
 
 def test_copies_outlive_training_and_reuse_their_memory():

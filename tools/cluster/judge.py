@@ -17,7 +17,9 @@ import json
 from collections import Counter
 from statistics import median
 
+from tools.command import run
 from trainer.errors import ExitCode
+from trainer.parser import Parser
 
 STAGES = ("device", "store", "group", "all_reduce", "all_to_all")
 """Of `rank_probe.py`, in its order."""
@@ -87,7 +89,7 @@ def judge_ranks(plan: dict, reports: list[dict]) -> dict[str, list[tuple[str, st
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("probe", choices=("nodes", "ranks"))
     parser.add_argument("plan", type=Path)
     parser.add_argument("logs", type=Path, nargs="*")
@@ -111,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -22,6 +22,7 @@ from model.diffusion_lm import DiffusionLM
 from tools.command import run as run_tool
 from trainer.command_line import parse
 from trainer.dry_run import describe_run
+from trainer.parser import Parser
 from trainer.topology import check_topology
 
 _BYTES_A_PARAMETER = 16
@@ -29,7 +30,7 @@ _BYTES_A_PARAMETER = 16
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("plan", type=Path, help="file to write")
     parser.add_argument("--ranks", type=int, required=True, help="ranks of the whole job")
     parser.add_argument("--gpus", type=int, required=True, help="GPUs that the job was given on every node")

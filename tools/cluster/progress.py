@@ -21,7 +21,10 @@ import signal
 import tomllib
 from typing import NamedTuple
 
+from tools.command import run
+from trainer.checkpoint_folder import completed
 from trainer.errors import ExitCode
+from trainer.parser import Parser
 
 _TASKS = re.compile(r"srun: error: (?P<nodes>[^:]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.*)")
 _EXITED = re.compile(r"Exited with exit code (\d+)")
@@ -52,8 +55,7 @@ def last_line(path: Path, kind: str) -> dict:
 
 def newest_checkpoint(run_dir: Path) -> int:
     """Its step; 0 without any."""
-    return max((int(path.parent.name.removeprefix("step-"))
-                for path in (run_dir / "checkpoints").glob("step-*/manifest.json")), default=0)
+    return max(completed(run_dir), default=0)
 
 
 def first_failure(logs: Path) -> Failure | None:
@@ -146,7 +148,7 @@ def ending(run_dir: Path, logs: Path, srun: int, asked: bool) -> tuple[str, int]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("status", "checkpoint", "ending"):
         command = commands.add_parser(name)
@@ -166,4 +168,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

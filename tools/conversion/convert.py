@@ -19,6 +19,7 @@ from tools.conversion.universal import TRAINING, UniversalCheckpoint, write_univ
 from tools.conversion.upcycle import upcycled_run, upcycling
 from tools.conversion.weights import ExportedModel, OriginalDiffuSeq, metadata_of, write_weights
 from trainer import checkpoint
+from trainer.checkpoint_folder import MANIFEST, by_step
 from trainer.errors import CheckpointError
 from trainer.export import describe_model
 
@@ -29,13 +30,13 @@ def open_source(path: Path, embeddings: str = "live") -> Source:
     """Whatever can be converted, by what lies at `path`. CheckpointError if it is damaged or nothing of that kind."""
     if path.is_file() and (path.parent / "training_args.json").is_file():
         return OriginalDiffuSeq(path, embeddings)
-    if (path / checkpoint.MANIFEST).is_file():
+    if (path / MANIFEST).is_file():
         return ShardedCheckpoint(path)
     if (path / TRAINING).is_file():
         return UniversalCheckpoint(path)
     if (path / "model.safetensors").is_file():
         return ExportedModel(path)
-    if checkpoint.by_step(path / "checkpoints"):
+    if by_step(path):
         found = checkpoint.find(path, None, print)
         if found is None:
             raise CheckpointError(f"{path}: none of its checkpoints is whole")

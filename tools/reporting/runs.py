@@ -12,6 +12,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from trainer.checkpoint_folder import MANIFEST, completed
 from trainer.errors import CheckpointError, DataError
 
 _NO_PARAMETER = "prior_count_V"  # the unigram counts, which the model's file holds beside its parameters
@@ -102,12 +103,12 @@ def read_run(path: Path, name: str) -> Run:
     """CheckpointError where the folder is no run's; DataError where one of its files is damaged."""
     if not (path / "config" / "run.toml").is_file() and not (path / "metrics.jsonl").is_file():
         raise CheckpointError(f"{path} is no run's folder: it has neither config/run.toml nor metrics.jsonl")
-    manifests = sorted((path / "checkpoints").glob("step-*/manifest.json"))
+    checkpoints = list(completed(path).values())
     generated = sorted((path / "generations").glob("*.jsonl"))
     return Run(path=path, name=name, lines=_lines(path / "metrics.jsonl", ("kind", "step")),
                config=_toml(path / "config" / "run.toml"), deepspeed=_json(path / "config" / "deepspeed.json"),
                environment=_json(path / "config" / "environment.json"), status=_json(path / "status.json"),
-               topology=_json(manifests[-1]).get("topology", {}) if manifests else {},
+               topology=_json(checkpoints[-1] / MANIFEST).get("topology", {}) if checkpoints else {},
                generations=[Generations(file, _lines(file, ("document", "text")),
                                         _json(file.with_suffix(".scores.json")) or None) for file in generated],
                trace=_json(path / "generations" / "trace.json") or None)
