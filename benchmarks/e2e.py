@@ -36,7 +36,7 @@ from sacrebleu.metrics import BLEU
 
 from trainer.data.packing import source_segment
 from trainer.export import read_model
-from trainer.generate import generate, sampler_settings
+from trainer.generate import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "valid", "test")
@@ -111,7 +111,7 @@ def main() -> None:
     sources = [source_segment(ids, run.data.max_source_tokens, vocabulary.bos_id, vocabulary.eos_id)
                for ids in vocabulary.encode([source_text(pairs) for pairs in asked])]
     records = generate(model, vocabulary, list(enumerate(sources)), run.data.max_target_tokens,
-                       sampler_settings(run.sample), device=torch.device("cpu"), candidates=run.sample.candidates,
+                       run.sample.settings(), device=torch.device("cpu"), candidates=run.sample.candidates,
                        documents_per_batch=32)
     outputs = [record["text"] for record in records]
 

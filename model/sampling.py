@@ -40,11 +40,11 @@ GRIDS = ("time", "log_snr")
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """solver: a name of SOLVERS, or COMPAT, which knows no temperature, guidance and clamp. steps: noise levels that
-    are visited, one network evaluation each (two with guidance). grid: levels evenly spaced in the schedule's `time` or
-    in `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens. guidance: w of
-    classifier-free guidance, free + w * (conditional - free) on the prediction (Ho & Salimans 2022, arXiv 2207.12598);
-    1 is none. clamp: replace the mean by the nearest token's embedding (rounding)."""
+    """solver: a name of SOLVERS, or COMPAT, which knows no grid, temperature, guidance and clamp. steps: noise levels
+    that are visited, one network evaluation each (two with guidance). grid: levels evenly spaced in the schedule's
+    `time` or in `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens.
+    guidance: w of classifier-free guidance, free + w * (conditional - free) on the prediction (Ho & Salimans 2022,
+    arXiv 2207.12598); 1 is none. clamp: replace the mean by the nearest token's embedding (rounding)."""
 
     solver: str = "dpmpp2m_sde"
     steps: int = 20
@@ -53,6 +53,27 @@ class SamplerSettings:
     guidance: float = 1.0
     clamp: bool = False
     seed: int = 0
+
+    def check(self, config: ModelConfig) -> None:
+        """Refuses, with ConfigError, what no solver or not this model can do."""
+        choices = {"solver": (*SOLVERS, COMPAT), "grid": GRIDS}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"sample.{name}", f"is '{getattr(self, name)}', must be one of {', '.join(allowed)}")
+        if self.guidance != 1 and config.diffusion.source_dropout == 0:
+            raise ConfigError("sample.guidance", f"is {self.guidance}, but the model is trained with "
+                              "model.diffusion.source_dropout = 0 and never sees an empty source: set it to 1, or "
+                              "train with a source_dropout of about 0.1")
+        if self.solver != COMPAT:
+            return
+        if config.network != "bert":
+            raise ConfigError("sample.solver", f"{COMPAT} repeats what the original does with its own network: set "
+                              f"model.network to bert, or choose one of {', '.join(SOLVERS)}")
+        for name in ("grid", "temperature", "guidance", "clamp"):
+            default = getattr(SamplerSettings, name)
+            if getattr(self, name) != default:
+                raise ConfigError(f"sample.{name}", f"is {str(getattr(self, name)).lower()}, which {COMPAT} knows "
+                                  f"nothing of: set it to {str(default).lower()}, or choose another sample.solver")
 
 
 class Drawn(NamedTuple):
@@ -79,9 +100,9 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
     length. What a canvas becomes is fixed by (seed, sample, draw), not by the batch that it is in.
 
     trace: is given the most likely tokens, [C, L] on the CPU, of every step. between: called before every step;
-    may raise to abandon the sampling. ConfigError where guidance is asked of a model that was not trained for it.
+    may raise to abandon the sampling. ConfigError as from `settings.check`.
     """
-    require_guidable(model, settings)
+    settings.check(model.config)
     if settings.solver == COMPAT:
         return _sample_compat(model, batch, settings, device)
     config = model.config
@@ -124,14 +145,6 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
         z_NE = torch.where((absorbed_N & ~still_N)[:, None], released_NE, z_NE)
         z_NE, absorbed_N = z_NE.masked_fill(still_N[:, None], 0.0), still_N
     return Drawn(canvases.rows_of(logits_NV.argmax(-1)).cpu(), estimate_NE.cpu())
-
-
-def require_guidable(model: DiffusionLM, settings: SamplerSettings) -> None:
-    """ConfigError where guidance is asked of a model that never saw an empty source."""
-    if settings.guidance != 1 and model.config.diffusion.source_dropout == 0:
-        raise ConfigError("sample.guidance", f"is {settings.guidance}, but the model was trained with "
-                          "model.diffusion.source_dropout = 0 and has never seen an empty source: set it to 1, or "
-                          "train with a source_dropout of about 0.1")
 
 
 class _Solver:
@@ -244,9 +257,6 @@ def _sample_compat(model: DiffusionLM, batch: PackedBatch, settings: SamplerSett
                    device: torch.device | str) -> Drawn:
     """`sample` by COMPAT: starts from plain noise without the absorbing vector, and decodes the state it ends in."""
     config = model.config
-    if config.network != "bert":
-        raise ConfigError("sample.solver", f"{COMPAT} repeats what the original does with its own network, but "
-                          f"model.network is {config.network}: choose one of {', '.join(SOLVERS)}")
     canvases = _Canvases(batch, settings.seed, config, device)
     network, rows_VE = _Network(model, batch, device), model.rows()
     start_NE = canvases.normal()

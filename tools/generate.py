@@ -28,7 +28,7 @@ from trainer.data.evaluation import evaluation_samples
 from trainer.data.prepare import PreparedData, prepare
 from trainer.errors import DataError
 from trainer.export import model_folder, read_model
-from trainer.generate import emergence, generate, sampler_settings
+from trainer.generate import emergence, generate
 from trainer.parser import Parser
 
 
@@ -65,7 +65,7 @@ def main() -> None:
     folder = model_folder(args.model)
     model, vocabulary, trained_as = read_model(folder, args.device)
     how = chosen_sampling(trained_as, args)
-    settings = sampler_settings(how)
+    settings = how.settings()
     data = open_documents(trained_as, vocabulary.path, args)
     output = args.output or args.model / "generations" / f"{args.split}.jsonl"
     samples = data.samples("test", draws=1)

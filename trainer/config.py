@@ -19,7 +19,7 @@ from typing import NamedTuple, get_type_hints
 from model.attention.pattern import layer_patterns
 from model.config import ModelConfig
 from model.errors import ConfigError
-from model.sampling import COMPAT, GRIDS, SOLVERS
+from model.sampling import SamplerSettings
 from trainer.data.config import DataConfig
 from trainer.profiling import step_range
 
@@ -135,6 +135,10 @@ class SampleConfig:
     seed: int = 0
     """Decides the noise that generation starts from and adds."""
 
+    def settings(self) -> SamplerSettings:
+        """Those of the sampler itself."""
+        return SamplerSettings(**{field.name: getattr(self, field.name) for field in fields(SamplerSettings)})
+
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
@@ -195,16 +199,9 @@ class RunConfig:
         need(0 <= o.ema_decay < 1, "optim.ema_decay", f"must lie in [0, 1), not {o.ema_decay}")
         need(0 <= o.min_lr_ratio <= 1, "optim.min_lr_ratio", f"must lie in [0, 1], not {o.min_lr_ratio}")
         need(0 < o.decay_fraction <= 1, "optim.decay_fraction", f"must lie in (0, 1], not {o.decay_fraction}")
-        need(s.solver != COMPAT or self.model.network == "bert", "sample.solver",
-             "diffuseq_v2_compat repeats what the original does with its own network: set model.network to bert, or "
-             "choose another solver")
-        need(s.guidance == 1 or self.model.diffusion.source_dropout > 0, "sample.guidance",
-             f"is {s.guidance}, but model.diffusion.source_dropout = 0 trains no model for it: set it to 1, or "
-             "source_dropout to about 0.1")
-        choices = {"optim.schedule": (o.schedule, ("constant", "linear", "cosine", "wsd")),
-                   "sample.solver": (s.solver, (*SOLVERS, COMPAT)), "sample.grid": (s.grid, GRIDS)}
-        for key, (value, allowed) in choices.items():
-            need(value in allowed, key, f"is '{value}', must be one of {', '.join(allowed)}")
+        schedules = ("constant", "linear", "cosine", "wsd")
+        need(o.schedule in schedules, "optim.schedule", f"is '{o.schedule}', must be one of {', '.join(schedules)}")
+        s.settings().check(self.model)
 
     def check_device(self, device: str) -> None:
         """Refuses, with ConfigError, what this kind of device ("cpu" or "cuda") cannot do."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -12,16 +12,10 @@ from model.config import ModelConfig
 from model.diffusion_lm import DiffusionLM
 from model.errors import ConfigError
 from model.sampling import SamplerSettings, noise_levels, sample
-from trainer.config import SampleConfig
 from trainer.data.evaluation import candidates_batch, generation_batch
 from trainer.data.packing import Segment, source_segment
 from trainer.data.vocabulary import Vocabulary
 from trainer.mbr import choose
-
-
-def sampler_settings(config: SampleConfig) -> SamplerSettings:
-    """The way of generating that a run's configuration asks for."""
-    return SamplerSettings(**{field.name: getattr(config, field.name) for field in fields(SamplerSettings)})
 
 
 def generate(model: DiffusionLM, vocabulary: Vocabulary, sources: Sequence[tuple[int, np.ndarray]],

@@ -30,7 +30,7 @@ from trainer.exchange import Report, exchange
 from trainer.expert_parallel import shard_experts
 from trainer.expert_use import StarvationWatch, warning
 from trainer.export import load_weights, model_folder, write_model
-from trainer.generate import generate, sampler_settings
+from trainer.generate import generate
 from trainer.guard import Guard, Trouble
 from trainer.hardware import peak_flops
 from trainer.launch import Ranks
@@ -270,7 +270,7 @@ class TrainingRun:
                 for turn in range(-(-len(chosen) // self.ranks.world))]
         with self.engine.averaged_weights() as model:
             records = list(generate(model, self.vocabulary, [(n, samples.source(n)) for n in mine],
-                                    samples.canvas_tokens, sampler_settings(run.sample), device=self.ranks.device,
+                                    samples.canvas_tokens, run.sample.settings(), device=self.ranks.device,
                                     candidates=run.sample.candidates,
                                     between=lambda: self._between("sample")))
         gathered: list[list[dict]] = [[] for _ in range(self.ranks.world)]

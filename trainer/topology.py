@@ -13,12 +13,22 @@ from trainer.errors import CheckpointError
 RESHARD = ("python tools/convert_checkpoint.py {source} TO --format checkpoint --world {world} "
            "--expert_parallel_size {expert_parallel_size} --zero_stage {zero_stage}")
 """The command that converts a checkpoint to another topology."""
+_LAYOUT = ("round_robin_gradients", "sub_group_size")
+_SUB_GROUP = 1_000_000_000  # DeepSpeed's default
 
 
 def topology(run: RunConfig, ds: DSConfig, world: int) -> dict[str, int]:
     """What the files of a checkpoint depend on, kept in its manifest."""
     return {"world": world, "zero_stage": ds.zero_stage, "expert_parallel_size": run.train.expert_parallel_size,
-            "rows_per_step": ds.rows_per_step(world)}
+            "rows_per_step": ds.rows_per_step(world), **zero_layout(ds.values["zero_optimization"])}
+
+
+def zero_layout(zero: dict) -> dict[str, int]:
+    """The settings of `zero_optimization` that decide which elements lie where in ZeRO's files. Those that its stage
+    does not look at have their defaults."""
+    stage_3 = zero["stage"] == 3
+    return {"round_robin_gradients": bool(not stage_3 and zero.get("round_robin_gradients", False)),
+            "sub_group_size": int(zero.get("sub_group_size", _SUB_GROUP)) if stage_3 else _SUB_GROUP}
 
 
 def check_topology(run: RunConfig, ds: DSConfig, world: int) -> None:
@@ -48,7 +58,10 @@ def check_same(path: Path, saved: dict[str, int], here: dict[str, int]) -> None:
     if not changed:
         return
     was, now = (", ".join(f"{name} = {values[name]}" for name in changed) for values in (saved, here))
-    if saved["rows_per_step"] != here["rows_per_step"]:
+    laid_out = [f"zero_optimization.{name}" for name in changed if name in _LAYOUT]
+    if laid_out:
+        remedy = f"give {' and '.join(laid_out)} the value again that the run began with"
+    elif saved["rows_per_step"] != here["rows_per_step"]:
         remedy = ("choose micro-batch and accumulation so that rows_per_step, their product with the ranks, is "
                   f"{saved['rows_per_step']} again, or begin a new run from the exported model with --init_from")
     else:

@@ -151,8 +151,12 @@ MISTAKES = [
             "compares predicted embeddings, sources' included: set model.diffusion.loss to mse",
             set=("model.diffusion.loss_over=document",)),
     Mistake("Run configuration", "DiffuSeq-v2's solver for another network", "sample.solver: diffuseq_v2_compat "
-            "repeats what the original does with its own network: set model.network to bert, or choose another solver",
+            "repeats what the original does with its own network: set model.network to bert, or choose one of ddim, …",
             set=("sample.solver=diffuseq_v2_compat",)),
+    Mistake("Run configuration", "guidance with DiffuSeq-v2's solver", "sample.guidance: is 2.0, which "
+            "diffuseq_v2_compat knows nothing of: set it to 1.0, or choose another sample.solver",
+            set=("recipe=diffuseq", "model.diffusion.source_dropout=0.1", "sample.solver=diffuseq_v2_compat",
+                 "sample.guidance=2")),
     Mistake("Run configuration", "a learning rate of 0", "optim.lr: must be positive, not 0.0", set=("optim.lr=0",)),
     Mistake("Run configuration", "rows too short for the targets", "data.row_tokens: 16 tokens cannot hold "
             "data.draws_per_source x data.max_target_tokens = 2 x 16: raise it or lower the others",
@@ -176,8 +180,8 @@ MISTAKES = [
             "model.diffusion.conditioning = joint: a cached source is a prefix that does not see its target",
             set=("model.diffusion.infilling=0.5",)),
     Mistake("Run configuration", "guidance for a model that is never without its source", "sample.guidance: is 2.0, "
-            "but model.diffusion.source_dropout = 0 trains no model for it: set it to 1, or source_dropout to about "
-            "0.1",
+            "but the model is trained with model.diffusion.source_dropout = 0 and never sees an empty source: set it "
+            "to 1, or train with a source_dropout of about 0.1",
             set=("sample.guidance=2",)),
     Mistake("Run configuration", "a range of noise that the schedule ignores", "model.diffusion.log_snr_range: only "
             "applies to schedule = log_snr, not sqrt",

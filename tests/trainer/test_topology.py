@@ -57,3 +57,16 @@ def test_a_checkpoint_of_another_topology_is_refused_with_what_to_do(tmp_path):
     with pytest.raises(CheckpointError, match=r"^c was saved with world = 2, rows_per_step = 2, this run has world = "
                        r"4, rows_per_step = 4: choose micro-batch and accumulation so that .* is 2 again"):
         check_same(Path("c"), of(2, 2, 1), here)
+
+
+@pytest.mark.parametrize("stage, name, value", [(2, "round_robin_gradients", True), (3, "sub_group_size", 2000)])
+def test_another_layout_of_zeros_files_is_refused(tmp_path, stage, name, value):
+    def of(stage, **zero):
+        return topology(*configurations(tmp_path, 1, **{"zero_optimization": {"stage": stage, **zero}}), 2)
+
+    changed = of(stage, **{name: value})
+    with pytest.raises(CheckpointError, match=rf"give zero_optimization\.{name} the value again"):
+        check_same(Path("c"), of(stage), changed)
+    check_same(Path("c"), changed, changed)
+    other = 5 - stage  # where it means nothing
+    check_same(Path("c"), of(other), of(other, **{name: value}))

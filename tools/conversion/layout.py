@@ -18,9 +18,9 @@ from model.diffusion_lm import DiffusionLM
 from model.moe.parallel import ExpertGroup
 from trainer.expert_parallel import shard_experts
 from trainer.parameter_groups import parameter_groups
+from trainer.topology import zero_layout
 
 _ALIGNMENT = 2  # elements: stages 1 and 2 fill a group up to a multiple of this for each of its ranks
-_SUB_GROUP = 1_000_000_000  # DeepSpeed's default for zero_optimization.sub_group_size
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,11 @@ class Layout:
         models = [empty_model(config, shards, shard) for shard in range(shards)]
         groups = parameter_groups(models[0], weight_decay)
         self.groups = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        self.ranks = [self._partitions(models[rank % shards], rank, zero, weight_decay)
+        settings = zero_layout(zero)
+        self.ranks = [self._partitions(models[rank % shards], rank, settings, weight_decay)
                       for rank in range(topology.world)]
 
-    def _partitions(self, model: nn.Module, rank: int, zero: dict, weight_decay: float) -> list[Partition]:
+    def _partitions(self, model: nn.Module, rank: int, settings: dict, weight_decay: float) -> list[Partition]:
         names = {parameter: name for name, parameter in model.named_parameters()}
         world, shards = self.topology.world, self.topology.expert_parallel_size
         partitions = []
@@ -94,10 +95,10 @@ class Layout:
             shapes = {names[p]: p.shape for p in group["params"]}
             place = (number, holders, holders.index(rank), shard, moe)
             if self.topology.zero_stage == 3:
-                size = int(zero.get("sub_group_size", _SUB_GROUP))
-                partitions += [_cut_each(part, *place) for part in _sub_groups(shapes, len(holders), size)]
+                partitions += [_cut_each(part, *place) for part in
+                               _sub_groups(shapes, len(holders), settings["sub_group_size"])]
             else:
-                if zero.get("round_robin_gradients", False):
+                if settings["round_robin_gradients"]:
                     order, count = list(shapes), len(holders)
                     shapes = {name: shapes[name] for first in range(count) for name in order[first::count]}
                 partitions.append(_cut_whole(shapes, *place))

@@ -25,7 +25,7 @@ from tools.conversion.source import AVERAGE, MOMENTS, WEIGHTS, Source, TrainingF
 from trainer import checkpoint
 from trainer.ds_config import resolve
 from trainer.engine import TAG, rank_file
-from trainer.topology import check_topology
+from trainer.topology import check_topology, zero_layout
 
 _FORMATS = {1: ("per_expert_files", None), 2: ("per_expert_files", None), 3: ("zero3_partitioned", 1)}
 _EXPERTS = r".*\.experts\.w[123]$"
@@ -71,7 +71,8 @@ class _Writer:
             self._write_experts()
         write_configuration(self.folder, self.run, vocabulary)
         checkpoint.seal(self.folder, {**self.facts.manifest, "step": self.source.step, "topology": {
-            **vars(self.topology), "rows_per_step": self.facts.rows_per_step}})
+            **vars(self.topology), "rows_per_step": self.facts.rows_per_step,
+            **zero_layout(self.ds_config["zero_optimization"])}})
         return self.batches
 
     def _save(self, name: str, state: object) -> None:
