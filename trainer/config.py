@@ -84,7 +84,8 @@ class TrainConfig:
     """After this much time, counted from this process's start, the run saves, says so and ends early with
     exit code 0; a restart continues it. The learning rate's schedule does not change. 0: no limit."""
     deterministic: bool = False
-    """On a GPU, use only kernels that give the same bits every time, at some cost. A CPU always does."""
+    """Use only kernels that give the same bits every time, at some cost. On a CPU with one thread a rank
+    (OMP_NUM_THREADS=1) all do."""
     activation_checkpointing: str = "none"
     """Layers that are computed again in the backward pass instead of keeping their inner activations: none, all, or
     every:n (the last of each n layers)."""

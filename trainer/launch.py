@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import socket
 import warnings
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ _RANK_VARIABLES = (
 )
 """Rank, world, rank on this machine, ranks on this machine: of OpenMPI; of a step of SLURM's srun (a batch script is
 none, and has no SLURM_STEP_*); of MPICH and Intel MPI."""
+_RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", *(names[3] for names in _RANK_VARIABLES))
+"""Ranks on this machine, as torchrun, deepspeed and those say it; SLURM's looks like 8(x2)."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ def start(timeout_minutes: float = 10.0) -> Ranks:
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(threads_of_a_rank())
     import deepspeed
 
     if not cuda:
@@ -100,6 +105,16 @@ def start(timeout_minutes: float = 10.0) -> Ranks:
     control = torch.distributed.new_group(backend="gloo") if cuda else torch.distributed.group.WORLD
     failure.watch()
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), local_rank, device, control)
+
+
+def threads_of_a_rank() -> int:
+    """PyTorch's own choice, but no more than this machine has for each of its ranks: threads that wait for each
+    other's cores are slower than fewer threads."""
+    for name in _RANKS_HERE:
+        if name in os.environ:
+            ranks = int(re.match(r"\d+", os.environ[name])[0])
+            return min(torch.get_num_threads(), max(1, (os.cpu_count() or 1) // ranks))
+    return torch.get_num_threads()
 
 
 def stop() -> None:

@@ -3,9 +3,10 @@
 import os
 
 import pytest
+import torch
 
 from model.errors import ConfigError
-from trainer.launch import map_environment
+from trainer.launch import map_environment, threads_of_a_rank
 
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
@@ -33,6 +34,16 @@ def mapped(monkeypatch, given: dict[str, str]) -> tuple[str, ...]:
 ])
 def test_environment(monkeypatch, given, expected):
     assert mapped(monkeypatch, given) == expected
+
+
+@pytest.mark.parametrize("given, expected", [
+    ({}, 6), ({"LOCAL_SIZE": "2"}, 4), ({"LOCAL_WORLD_SIZE": "1"}, 6), (OPENMPI, 2), (SRUN, 1),
+    ({"LOCAL_SIZE": "64"}, 1)])
+def test_ranks_share_the_cores(monkeypatch, given, expected):
+    monkeypatch.setattr(os, "environ", dict(given))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 6)
+    assert threads_of_a_rank() == expected
 
 
 @pytest.mark.parametrize("given", [{**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2"},
