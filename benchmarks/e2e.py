@@ -61,7 +61,7 @@ def read(path: Path) -> list[tuple[list[tuple[str, str]], str]]:
 
 
 def source_text(pairs: list[tuple[str, str]]) -> str:
-    return " , ".join(f"{slot} : {value}" for slot, value in pairs)
+    return " , ".join(f"{slot} {value}" for slot, value in pairs)
 
 
 def train(folder: Path, run_dir: Path, overrides: list[str]) -> tuple[float, float]:

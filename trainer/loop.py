@@ -113,7 +113,7 @@ class TrainingRun:
                 if self._due(run.log_every):
                     self._log(info, bar)
                 with self.metrics.clock_stopped():
-                    self._interludes()
+                    self._interludes(bar)
                     if (save or self._due(run.save_every)) and self.step < last and not self.stopping:
                         self.saving.begin(self.step, self._facts())
                     self.saving.note()
@@ -227,18 +227,21 @@ class TrainingRun:
         bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | {
             "tok/s": f"{line['tokens_per_s']:,.0f}"})
 
-    def _interludes(self) -> None:
+    def _interludes(self, bar: tqdm) -> None:
         """Evaluation and samples where they are due; a request to stop abandons them."""
         if self.stopping:
             return
         try:
             if self._due(self.run.train.eval_every):
+                bar.set_description("evaluating")
                 self._evaluate()
             if self._due(self.run.train.sample_every):
+                bar.set_description("generating")
                 self._show_samples()
         except StopRequested:
             self.stopping = True
             self.say(f"step {self.step}: evaluation abandoned ({self.stop.reason})")
+        bar.set_description("training", refresh=False)
 
     def _between(self, phase: str) -> None:
         """Between two parts of an evaluation or of sampling: a sign of life, and a look for requests to stop."""

@@ -26,7 +26,9 @@ def choose_backend(name: str, device: torch.device | str, dtype: torch.dtype, he
         reasons[candidate] = unavailable(device, dtype, head_dim)
     works = next(candidate for candidate, reason in reasons.items() if reason is None)
     if name == "auto":
-        skipped = [f"not {other}: {reason}" for other, reason in reasons.items() if reason is not None]
+        refused = dict.fromkeys(reason for reason in reasons.values() if reason is not None)
+        skipped = [f"not {', '.join(name for name, why in reasons.items() if why == reason)}: {reason}"
+                   for reason in refused]
         return works, "; ".join([f"the fastest on '{device.type}' with {dtype} and head width {head_dim}", *skipped])
     if name not in reasons:
         raise ConfigError(_KEY, f"'{name}' is not a backend; choose auto, {', '.join(reasons)}")

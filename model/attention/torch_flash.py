@@ -18,7 +18,7 @@ def unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 def flash_limits(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why no FlashAttention-2 kernel can run here, or None."""
     if device.type != "cuda":
-        return f"the model is on device '{device.type}' and FlashAttention-2 has CUDA kernels only"
+        return f"FlashAttention-2 has no kernels for a {device.type} device"
     if dtype not in (torch.bfloat16, torch.float16):
         return f"the dtype is {dtype}; FlashAttention-2 has bfloat16 and float16 only"
     if head_dim % 8 or head_dim > 256:

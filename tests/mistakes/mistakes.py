@@ -155,8 +155,8 @@ MISTAKES = [
             set=("sample.solver=diffuseq_v2_compat",)),
     Mistake("Run configuration", "guidance with DiffuSeq-v2's solver", "sample.guidance: is 2.0, which "
             "diffuseq_v2_compat knows nothing of: set it to 1.0, or choose another sample.solver",
-            set=("recipe=diffuseq", "model.diffusion.source_dropout=0.1", "sample.solver=diffuseq_v2_compat",
-                 "sample.guidance=2")),
+            arguments=("--recipe", "diffuseq"), set=("model.diffusion.source_dropout=0.1", "sample.guidance=2",
+                                                     "sample.clamp=false", "sample.solver=diffuseq_v2_compat")),
     Mistake("Run configuration", "a learning rate of 0", "optim.lr: must be positive, not 0.0", set=("optim.lr=0",)),
     Mistake("Run configuration", "rows too short for the targets", "data.row_tokens: 16 tokens cannot hold "
             "data.draws_per_source x data.max_target_tokens = 2 x 16: raise it or lower the others",
@@ -245,7 +245,7 @@ MISTAKES = [
             ds={"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}),
     # ---- kernels
     Mistake("Kernels", "an attention backend that cannot run here", "model.attention.backend: 'torch_flash' cannot run "
-            "here: the model is on device 'cpu' and FlashAttention-2 has CUDA kernels only. Use auto, which would "
+            "here: FlashAttention-2 has no kernels for a cpu device. Use auto, which would "
             "pick 'cpu_band'", set=("model.attention.backend=torch_flash",), ranks=BOTH),
     Mistake("Kernels", "an attention backend that does not exist", "model.attention.backend: 'triton' is not a "
             "backend; choose auto, flash_attn, torch_flash, cpu_band, reference",
@@ -269,16 +269,20 @@ MISTAKES = [
             set=('data.train={a={documents="none.jsonl"}}',)),
     Mistake("Data", "a folder without documents", "data.train: empty has no files (.jsonl, .json, .jsonl.gz, .json.gz, "
             ".parquet)", 81, set=("data.train=empty",), files={"empty/readme.txt": ""}),
+    Mistake("Data", "a file of another form", "train.csv: is not of a form that is read (.jsonl, …): write JSON lines, "
+            "one object a line", 81, set=("data.train=train.csv",), files={"train.csv": "src,trg\na,b\n"}),
     Mistake("Data", "an empty file", "train.jsonl: is empty", 81, files={"train.jsonl": ""}),
     Mistake("Data", "a file of blank lines", "train.jsonl: is empty", 81, files={"train.jsonl": "\n\n"}),
     Mistake("Data", "a broken line", "train.jsonl:2: is not valid JSON: … (column 8)", 81,
             files={"train.jsonl": GOOD + '{"src": \n' + GOOD}, ranks=BOTH),
     Mistake("Data", "a line that is no object", "train.jsonl:1: must be a JSON object, not a number", 81,
             files={"train.jsonl": "7\n"}),
-    Mistake("Data", "a field that is missing", 'train.jsonl:2: needs fields "src" and "trg", or "text"; it has src', 81,
+    Mistake("Data", "a field that is missing", 'train.jsonl:2: needs fields "src" and "trg", or "text"; it has src. '
+            "Name its fields by data.source_field and data.target_field, or data.text_field", 81,
             files={"train.jsonl": GOOD + '{"src": "bad"}\n'}),
-    Mistake("Data", "none of the fields", 'train.jsonl:1: needs fields "src" and "trg", or "text"; it has body, title',
-            81, files={"train.jsonl": '{"title": "a", "body": "b"}\n'}),
+    Mistake("Data", "none of the fields", 'train.jsonl:1: needs fields "src" and "trg", or "text"; it has body, title. '
+            "Name its fields by data.source_field and data.target_field, or data.text_field", 81,
+            files={"train.jsonl": '{"title": "a", "body": "b"}\n'}),
     Mistake("Data", "a field of the wrong type", 'train.jsonl:2: field "trg" must be a string, not a number', 81,
             files={"train.jsonl": GOOD + '{"src": "bad", "trg": 3}\n'}),
     Mistake("Data", "text that is not UTF-8", "train.jsonl:1: is not UTF-8", 81,

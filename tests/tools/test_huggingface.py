@@ -6,11 +6,13 @@ import subprocess
 import sys
 
 import pytest
+import sentencepiece
 
+from model.errors import ConfigError
 from tests.trainer.launching import ROOT
 from tools.huggingface.flatten import flatten
 from tools.huggingface.tokenizer import tokenizer_of
-from trainer.data.vocabulary import train_vocabulary
+from trainer.data.vocabulary import Vocabulary, train_vocabulary
 
 
 @pytest.fixture(scope="module")
@@ -19,19 +21,39 @@ def texts():
         return [json.loads(line)["src"] for line in file][:40]
 
 
-def test_the_tokenizer_gives_the_vocabularys_ids(texts, tmp_path):
-    vocabulary = train_vocabulary(texts, tmp_path / "my.model", 600)
+@pytest.fixture(params=["bpe", "unigram"])
+def vocabulary(request, texts, tmp_path):
+    if request.param == "bpe":
+        return train_vocabulary(texts, tmp_path / "my.model", 600)
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=(line[:4000] for text in texts for line in text.split("\n")), vocab_size=600,
+        model_prefix=str(tmp_path / "my"), model_type="unigram", byte_fallback=True, pad_id=3, minloglevel=2,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+        user_defined_symbols=["\n", "\n\n", "\t", *("\u2581" * n for n in (2, 4, 8))])
+    return Vocabulary(tmp_path / "my.model")
+
+
+def test_the_tokenizer_gives_the_vocabularys_ids(vocabulary, texts, request):
     tokenizer = tokenizer_of(vocabulary.path)
-    odd = ["", " x ", "a  b   c    \n\n\n\t d", "        e         f", "</s> <bos> <0x41> <pad>",
+    odd = ["", " x ", "a  b   c    \n\n\n\t d", "        e        f", "</s> <bos> <0x41> <pad>",
            "\u00e9\u65e5\U0001f389"]
     expected = vocabulary.encode(odd)
     assert [tokenizer.encode(text, add_special_tokens=False).ids for text in odd] == expected
     assert tokenizer.encode("x").ids == [vocabulary.bos_id, *vocabulary.encode(["x"])[0], vocabulary.eos_id]
     found = [tokenizer.encode(text, add_special_tokens=False).ids for text in texts]
     assert [tokenizer.decode(ids) for ids in found] == vocabulary.decode(found)
-    # Equally probable segmentations are decided by rounding, which differs: the same length, in few texts.
+    # A unigram's equally probable segmentations are decided by rounding, which differs: the same length, in few texts.
     assert [len(ids) for ids in found] == [len(ids) for ids in vocabulary.encode(texts)]
-    assert sum(a != b for a, b in zip(found, vocabulary.encode(texts), strict=True)) <= len(texts) // 10
+    differing = sum(a != b for a, b in zip(found, vocabulary.encode(texts), strict=True))
+    assert differing <= (len(texts) // 10 if "unigram" in request.node.name else 0)
+
+
+def test_a_vocabulary_of_words_makes_no_tokenizer(texts, tmp_path):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), vocab_size=600, model_prefix=str(tmp_path / "my"), model_type="word", pad_id=3,
+        minloglevel=2, hard_vocab_limit=False)
+    with pytest.raises(ConfigError, match="take a BPE or unigram vocabulary"):
+        tokenizer_of(tmp_path / "my.model")
 
 
 def test_flattened_code_imports_nothing_of_the_repository(tmp_path):

@@ -1,7 +1,7 @@
-"""A run's sentencepiece vocabulary as a tokenizer of the `tokenizers` package.
+"""A run's sentencepiece vocabulary, BPE or unigram, as a tokenizer of the `tokenizers` package.
 
-The same ids for every text, but where two segmentations are equally probable (`ff ffff` and `ffff ff`): there the
-rounding of the two packages decides.
+The same ids for every text, but where two segmentations rank equal (unigram: `ff ffff` and `ffff ff`): there the
+packages decide differently.
 """
 
 from __future__ import annotations
@@ -10,23 +10,36 @@ import json
 from pathlib import Path
 
 import sentencepiece
-from tokenizers import Tokenizer, decoders, models, normalizers, processors
+from sentencepiece import sentencepiece_model_pb2
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
+
+from model.errors import ConfigError
 
 _SPACE = "\u2581"  # how sentencepiece writes the space
 _NEVER = -1e9  # score of pieces that no text may contain: control tokens and bytes, which are ids only
+_PIECE = sentencepiece_model_pb2.ModelProto.SentencePiece
 
 
 def tokenizer_of(vocabulary: Path) -> Tokenizer:
-    """Encodes a text as `<bos> … </s>`, as sources are; without special tokens, as `Vocabulary.encode` does."""
-    pieces = sentencepiece.SentencePieceProcessor(model_file=str(vocabulary))
-    size = range(pieces.vocab_size())
-    scored = [(pieces.id_to_piece(i), _score(pieces, i)) for i in size]
-    tokenizer = Tokenizer(models.Unigram(scored, unk_id=pieces.unk_id(), byte_fallback=True))
+    """Encodes a text as `<bos> … </s>`, as sources are; without special tokens, as `Vocabulary.encode` does.
+
+    ConfigError for a vocabulary that is neither BPE nor unigram.
+    """
+    proto = sentencepiece_model_pb2.ModelProto.FromString(vocabulary.read_bytes())
+    spec = proto.trainer_spec
+    if spec.model_type == spec.BPE:
+        tokenizer = _bpe(proto.pieces, spec.unk_id)
+    elif spec.model_type == spec.UNIGRAM:
+        tokenizer = Tokenizer(models.Unigram([(piece.piece, _score(piece)) for piece in proto.pieces],
+                                             unk_id=spec.unk_id, byte_fallback=True))
+    else:
+        raise ConfigError("--vocabulary", f"{vocabulary} holds words or characters, which make no Hugging Face "
+                          "tokenizer: take a BPE or unigram vocabulary")
     tokenizer.normalizer = normalizers.Replace(" ", _SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
-    bos, eos = (pieces.id_to_piece(i) for i in (pieces.bos_id(), pieces.eos_id()))
+    bos, eos = (proto.pieces[i].piece for i in (spec.bos_id, spec.eos_id))
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{bos} $A {eos}", special_tokens=[(bos, pieces.bos_id()), (eos, pieces.eos_id())])
+        single=f"{bos} $A {eos}", special_tokens=[(bos, spec.bos_id), (eos, spec.eos_id)])
     return tokenizer
 
 
@@ -42,9 +55,23 @@ def write_tokenizer(vocabulary: Path, folder: Path, max_tokens: int) -> None:
         "clean_up_tokenization_spaces": False, "padding_side": "right"}, indent=1) + "\n")
 
 
-def _score(pieces: sentencepiece.SentencePieceProcessor, i: int) -> float:
-    """Log-probability of a piece as sentencepiece weighs it. Pieces that a user defined stand as 0 in the file, and
-    count so much more as they have bytes that they win over other ways to write them (weights found by trial)."""
-    if pieces.is_control(i) or pieces.is_byte(i) or pieces.is_unknown(i):
+def _bpe(pieces: list[_PIECE], unk_id: int) -> Tokenizer:
+    """sentencepiece joins two neighbours where their text is a piece, the best piece first: so every way to cut a
+    piece in two is a merge of its rank. Pieces that a user defined are cut out of the text before."""
+    ids = {piece.piece: i for i, piece in enumerate(pieces)}
+    ranked = sorted((piece for piece in pieces if piece.type == _PIECE.NORMAL), key=lambda piece: -piece.score)
+    merges = [(piece.piece[:cut], piece.piece[cut:]) for piece in ranked for cut in range(1, len(piece.piece))
+              if piece.piece[:cut] in ids and piece.piece[cut:] in ids]
+    tokenizer = Tokenizer(models.BPE(ids, merges, unk_token=pieces[unk_id].piece, byte_fallback=True))
+    tokenizer.add_tokens([AddedToken(piece.piece, normalized=True) for piece in pieces
+                          if piece.type == _PIECE.USER_DEFINED])
+    return tokenizer
+
+
+def _score(piece: _PIECE) -> float:
+    """Log-probability of a piece of a unigram vocabulary, as sentencepiece weighs it. Pieces that a user defined stand
+    as 0 in the file, and count so much more as they have bytes that they win over other ways to write them (weights
+    found by trial)."""
+    if piece.type in (_PIECE.CONTROL, _PIECE.BYTE, _PIECE.UNKNOWN):
         return _NEVER
-    return pieces.get_score(i) or 0.1 * (len(pieces.id_to_piece(i).encode()) - 1)
+    return piece.score or 0.1 * (len(piece.piece.encode()) - 1)

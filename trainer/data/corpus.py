@@ -124,6 +124,9 @@ def find_corpus(corpus: CorpusConfig, split: str, cache_dir: str | Path, key: st
         else:
             files += found
     for path in files:
+        if not path.name.endswith(_SUFFIXES):
+            raise DataError(f"{path}: is not of a form that is read ({', '.join(_SUFFIXES)}): write JSON lines, one "
+                            "object a line")
         if not path.stat().st_size:
             raise DataError(f"{path}: is empty")
     form = reader or Fields(corpus.source_field, corpus.target_field, corpus.text_field)

@@ -86,7 +86,8 @@ class Fields:
 
     def _missing(self, names: Iterable[str]) -> str:
         return (f'needs fields "{self.source}" and "{self.target}", or "{self.text}"; '
-                f"it has {', '.join(sorted(names)) or 'none'}")
+                f"it has {', '.join(sorted(names)) or 'none'}. Name its fields by data.source_field and "
+                "data.target_field, or data.text_field")
 
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",

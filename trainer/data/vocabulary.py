@@ -89,7 +89,7 @@ def train_vocabulary(texts: Iterable[str], path: str | Path, vocab_size: int,
 
 
 def vocabulary_model(texts: Iterable[str], vocab_size: int, characters: int = TRAINING_CHARACTERS) -> bytes:
-    """A unigram vocabulary of `vocab_size` pieces, trained on `texts`: the content of a sentencepiece model file.
+    """A BPE vocabulary of `vocab_size` pieces, trained on `texts`: the content of a sentencepiece model file.
 
     The same texts give the same bytes. Every byte is a piece, so that no text is out of vocabulary. At most
     `characters` are used, taken as every n-th line of all texts. The one character that is not given back is
@@ -102,7 +102,7 @@ def vocabulary_model(texts: Iterable[str], vocab_size: int, characters: int = TR
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=model, model_type="unigram", vocab_size=vocab_size,
+            sentence_iterator=iter(lines), model_writer=model, model_type="bpe", vocab_size=vocab_size,
             byte_fallback=True, split_digits=True, user_defined_symbols=_SPACING,
             normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
             unk_id=UNK_ID, bos_id=BOS_ID, eos_id=EOS_ID, pad_id=PAD_ID,

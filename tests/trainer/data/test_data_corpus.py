@@ -15,6 +15,7 @@ from trainer.data.records import documents, texts
 from trainer.errors import DataError
 
 GOOD = '{"src": "a", "trg": "b"}\n'
+NAME_THEM = ". Name its fields by data.source_field and data.target_field, or data.text_field"
 PAIRS = [("one\ntwo", "1"), ("", "zwei ü"), ("three", "")]
 
 
@@ -95,11 +96,11 @@ def test_digest_depends_on_content_alone(folder, corpus):
 
 @pytest.mark.parametrize(("content", "message"), [
     (GOOD + '{"src": "a", "trg":\n', "{}:2: is not valid JSON: Expecting value (column 20)"),
-    (GOOD + '\n{"src": "a"}\n', '{}:3: needs fields "src" and "trg", or "text"; it has src'),
+    (GOOD + '\n{"src": "a"}\n', '{}:3: needs fields "src" and "trg", or "text"; it has src' + NAME_THEM),
     (GOOD + '{"src": "a", "trg": 3}\n', '{}:2: field "trg" must be a string, not a number'),
     (GOOD * 3 + '{"src": null, "trg": "b"}\n', '{}:4: field "src" must be a string, not null'),
     ('{"src": ["a"], "trg": "b"}\n', '{}:1: field "src" must be a string, not a list'),
-    ('{"x": 1}\n', '{}:1: needs fields "src" and "trg", or "text"; it has x'),
+    ('{"x": 1}\n', '{}:1: needs fields "src" and "trg", or "text"; it has x' + NAME_THEM),
     (GOOD + '"text"\n', "{}:2: must be a JSON object, not a string"),
     ('{"src": "a", "trg": "\\ud800"}\n', '{}:1: has half of a surrogate pair in its text'),
     ('[{"src": "a", "trg": "b"},\n {"src": "a", "trg": 1}]',
