@@ -156,7 +156,9 @@ MISTAKES = [
     Mistake("Run configuration", "guidance with DiffuSeq-v2's solver", "sample.guidance: is 2.0, which "
             "diffuseq_v2_compat knows nothing of: set it to 1.0, or choose another sample.solver",
             arguments=("--recipe", "diffuseq"), set=("model.diffusion.source_dropout=0.1", "sample.guidance=2",
-                                                     "sample.clamp=false", "sample.solver=diffuseq_v2_compat")),
+                                                     "sample.clamp=false", "sample.solver=diffuseq_v2_compat",
+                                                     "model.moe.experts=1", "data.draws_per_source=1",
+                                                     "model.max_positions=512")),
     Mistake("Run configuration", "a learning rate of 0", "optim.lr: must be positive, not 0.0", set=("optim.lr=0",)),
     Mistake("Run configuration", "rows too short for the targets", "data.row_tokens: 16 tokens cannot hold "
             "data.draws_per_source x data.max_target_tokens = 2 x 16: raise it or lower the others",
@@ -361,7 +363,7 @@ MISTAKES = [
     Mistake("Said, not refused", "experts that hardly get a token", "step …: warning: expert … got less than 10% of an "
             "equal share of the tokens over the last 10 lines of metrics and hardly learn: raise "
             "model.moe.balance_weight, or lower model.moe.experts", 0,
-            set=("train.steps=12", "optim.lr=0.1", "model.moe.experts=8", "model.moe.top_k=1",
+            set=("train.steps=10", "optim.lr=0.1", "model.moe.experts=32", "model.moe.top_k=1",
                  "model.moe.balance_weight=0.0")),
     Mistake("Said, not refused", "a loss that is not finite, once", "step 2: skipped, the loss is not finite (rank…", 0,
             set=("optim.lr=1e30", "optim.warmup_steps=0", "train.steps=2")),
