@@ -112,7 +112,7 @@ def _long_doc(config: RunConfig) -> dict:
                   "input": "bayes", "bayes_skip": True, "local_mixing": 5,
                   "diffusion": {"schedule": "log_snr", "time_sampling": "stratified", "absorbing": 0.5,
                                 "loss": "cross_entropy", "conditioning": "cached", "self_conditioning": 0.0}},
-        "sample": {"solver": "dpmpp2m_sde", "steps": 20, "temperature": 0.3, "clamp": False},
+        "sample": {"solver": "dpmpp2m_sde", "steps": 20, "temperature": 0.2, "clamp": False},
     }
 
 
