@@ -21,4 +21,4 @@ def traffic_line(counts: Tensor, steps: int, ranks: int) -> dict[str, float]:
     a mean over ranks."""
     least, went, sent_bytes = counts.tolist()
     megabytes = sent_bytes / 1e6 / steps / ranks
-    return {"expert_traffic_mb": megabytes, "expert_traffic_minimum_mb": megabytes * least / max(1.0, went)}
+    return {"expert_traffic_mb": megabytes, "expert_traffic_minimum_mb": least / max(1.0, went) * megabytes}
