@@ -31,6 +31,7 @@ def memory_per_rank(run: RunConfig, ds: DSConfig, world: int, parameters: int, e
         "activations": activation_bytes(
             run.model, tokens, targets, size,
             len(recomputed_layers(run.train.activation_checkpointing, run.model.layers))),
+        "backward's own": working_bytes(run.model, tokens, targets, size),
     }
 
 
@@ -48,25 +49,46 @@ def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: in
     size: bytes of an activation. recomputed: blocks under activation checkpointing, each of which keeps its input and,
     while it is computed again, its own activations.
     """
-    width, moe = model.width, model.moe
-    copies = moe.top_k
+    width = model.width
+    block = _block_bytes(model, tokens, size)
     inputs = model.embed_dim * (2 if model.diffusion.self_conditioning > 0 else 1)
     if model.network == "sparse":
-        # Block by block: two norms with their modulations, q, k, v before and after rotation, attention's output,
-        # then the experts' sorted inputs, hidden products and outputs.
-        block = tokens * (15 * width + copies * (2 * width + (2 if moe.gated else 1) * moe.ffn)
-                          + (2 if moe.gated else 1) * moe.shared_ffn) * size
         stem = tokens * max(model.local_mixing, 1) * inputs * size
     else:
-        # q, k, v, attention's output, two norms' inputs and outputs, and the feed-forward before and after its GELU;
-        # what was dropped, in a byte each.
-        block = tokens * ((8 * width + 2 * moe.ffn) * size + (2 * width if model.dropout > 0 else 0))
         stem = tokens * (inputs + 3 * width) * size
     kept = (model.layers - recomputed + (recomputed > 0)) * block + recomputed * tokens * width * size
-    # Distributions over the vocabulary, in fp32: the posterior's softmax, and logits with their softmax, or the
-    # softmax of rounding.
-    predicts_tokens = model.diffusion.loss == "cross_entropy"
-    rounded = tokens if model.diffusion.loss_over == "document" else targets
-    vocabulary = model.vocab_size * 4 * ((targets if model.input == "bayes" else 0)
-                                         + (2 * targets if predicts_tokens else rounded))
-    return kept + stem + vocabulary
+    # The posterior's softmax, and logits with their softmax, or the softmax of rounding.
+    distributions = (targets if model.input == "bayes" else 0) + _predicted(model, tokens, targets) * (
+        2 if model.diffusion.loss == "cross_entropy" else 1)
+    return kept + stem + distributions * _distribution_bytes(model)
+
+
+def working_bytes(model: ModelConfig, tokens: float, targets: float, size: int) -> float:
+    """The most that the backward pass holds besides gradients of parameters: gradients of one block's activations, or
+    logits with their gradient."""
+    return max(_block_bytes(model, tokens, size),
+               2 * _predicted(model, tokens, targets) * _distribution_bytes(model))
+
+
+def _block_bytes(model: ModelConfig, tokens: float, size: int) -> float:
+    """What one block keeps."""
+    width, moe = model.width, model.moe
+    if model.network == "sparse":
+        # Two norms with their modulations, q, k, v before and after rotation, attention's output, then the experts'
+        # sorted inputs, hidden products and outputs.
+        return tokens * (15 * width + moe.top_k * (2 * width + (2 if moe.gated else 1) * moe.ffn)
+                         + (2 if moe.gated else 1) * moe.shared_ffn) * size
+    # q, k, v, attention's output, two norms' inputs and outputs, and the feed-forward before and after its GELU; what
+    # was dropped, in a byte each.
+    return tokens * ((8 * width + 2 * moe.ffn) * size + (2 * width if model.dropout > 0 else 0))
+
+
+def _predicted(model: ModelConfig, tokens: float, targets: float) -> float:
+    """Tokens whose distribution over the vocabulary the losses need."""
+    whole = model.diffusion.loss == "mse" and model.diffusion.loss_over == "document"
+    return tokens if whole else targets
+
+
+def _distribution_bytes(model: ModelConfig) -> int:
+    """Of one token: in fp32."""
+    return 4 * model.vocab_size

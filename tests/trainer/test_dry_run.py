@@ -1,14 +1,19 @@
 """--dry_run: figures against what is measured, and every preset with every shipped DeepSpeed JSON."""
 
 import itertools
+import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from model.attention.pattern import AttentionPattern
 from model.diffusion_lm import DiffusionLM
-from tests.trainer.launching import ROOT
+from tests.trainer.forked import launch, run_rank
+from tests.trainer.launching import ROOT, ds_config
 from trainer.config_load import load
 from trainer.dry_run import describe_run, longest_document, window_reach
 from trainer.ds_config import load_ds_config
@@ -61,6 +66,43 @@ def test_activations_are_near_what_backward_keeps(changes):
     assert report.total.requires_grad
     estimate = activation_bytes(run.model, len(batch), int(batch.is_target_T.sum()), 4)
     assert estimate == pytest.approx(sum(kept.values()), rel=0.15)
+
+
+def peak_noting_rank(command, folder, rank, world, port):
+    """Writes down how far the memory of this process grows after its imports."""
+    def resident(kind: str) -> int:
+        return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
+
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
+    run_rank(command, folder, rank, world, port)
+    (folder / f"peak{rank}").write_text(str(resident("VmHWM") - before))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["long_doc", "moe_diffuseq"])
+def test_activations_are_near_what_a_run_uses(launcher, tmp_path, recipe):
+    """Between two runs that differ in the length of their rows; all else that a process takes is in both."""
+    random = np.random.default_rng(0)
+    words = np.array(["".join(letters) for letters in random.choice(list("abcdefghij"), (800, 5))])
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(
+        {"src": " ".join(random.choice(words, 7000)), "trg": " ".join(random.choice(words, 800))}) + "\n"
+        for _ in range(12)))
+    ds, used, expected = ds_config(tmp_path, micro=1), [], []
+    for row_tokens in (2048, 8192):
+        sizes = {"model.width": 128, "model.layers": 4, "model.moe.ffn": 256, "model.attention.heads": 2,
+                 "data.row_tokens": row_tokens, "data.max_source_tokens": 0, "data.max_target_tokens": 256,
+                 "model.max_positions": 8192, "data.vocab_size": 1024, "train.steps": 3}
+        settings = sizes | {"data.train": "train.jsonl", "data.valid": "", "data.test": ""}
+        command = ["--ds_config", str(ds), "--recipe", recipe, "--run_dir", f"run{row_tokens}",
+                   *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
+        codes, printed = launch(launcher, tmp_path, command, 1, 240, rank_main=peak_noting_rank)
+        assert codes == [0], printed
+        used.append(int((tmp_path / "peak0").read_text()))
+        run = load("tiny", recipe, overrides=[f"{key}={value}" for key, value in sizes.items()])
+        run = replace(run, model=replace(run.model, vocab_size=run.data.vocab_size))
+        expected.append(sum(memory_per_rank(run, load_ds_config(ds), 1, 0, 0).values()))
+    assert expected[1] - expected[0] == pytest.approx(used[1] - used[0], rel=0.25)
 
 
 def test_states_follow_zeros_rules():
