@@ -11,9 +11,8 @@ import torch
 from model.config import ModelConfig
 from model.diffusion_lm import DiffusionLM
 from model.errors import ConfigError
+from model.packing import Segment, candidates_batch, generation_batch, source_segment
 from model.sampling import SamplerSettings, noise_levels, sample
-from trainer.data.evaluation import candidates_batch, generation_batch
-from trainer.data.packing import Segment, source_segment
 from trainer.data.vocabulary import Vocabulary
 from trainer.mbr import choose
 
