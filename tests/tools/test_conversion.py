@@ -68,6 +68,15 @@ def test_trained_weights_are_other_than_their_average(trained, tool, tmp_path):
     assert not torch.equal(one["head.weight"], other["head.weight"])
 
 
+@pytest.mark.parametrize("weights", ["trained", "average"])
+def test_there_and_back_through_a_hugging_face_folder_is_exact(trained, tool, tmp_path, weights):
+    convert(tool, trained, tmp_path / "folder", "--format", "huggingface", "--weights", weights, "--shard_gb", 1e-5)
+    convert(tool, tmp_path / "folder", tmp_path / "back", "--format", "safetensors")
+    convert(tool, trained, tmp_path / "direct", "--format", "safetensors", "--weights", weights)
+    found, wanted = load_file(tmp_path / "back"), load_file(tmp_path / "direct")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 CHAIN = [(2, 2, 3), (4, 4, 1), (4, 2, 2), (8, 2, 3), (2, 1, 1), (4, 1, 3), (1, 1, 2)]
 
 
@@ -172,6 +181,8 @@ def _unknown_key(folder):
 
 @pytest.mark.parametrize("damage, form, expect, message", [
     (_truncate, "checkpoint", 84, "bytes were written"),
+    (_truncate, "huggingface", 84, "bytes were written"),
+    (lambda folder: (folder / "rank00000.pt").unlink(), "huggingface", 84, "rank00000.pt: "),
     (lambda folder: (folder / "rank00000.pt").unlink(), "universal", 84, "rank00000.pt: "),
     (lambda folder: (folder / "manifest.json").write_text("{"), "model", 84, "no readable manifest.json"),
     (lambda folder: (folder / "config" / "run.toml").unlink(), "model", 84, "is of an unknown run"),
@@ -193,6 +204,10 @@ def test_damage_is_one_line_and_leaves_nothing(trained, tool, tmp_path, damage, 
 
 @pytest.mark.parametrize("arguments, message", [
     (("{run}", "{here}", "--format", "model"), "TO: {here} exists"),
+    (("{run}", "{here}", "--format", "huggingface"), "TO: {here} exists"),
+    (("{run}", "{to}", "--format", "huggingface", "--vocabulary", "{other}"), "--vocabulary: {other} has 276 pieces"),
+    (("{run}", "{to}", "--format", "huggingface", "--shard_gb", "0"), "--shard_gb: must be positive"),
+    (("{run}", "{to}", "--format", "model", "--shard_gb", "1"), "--shard_gb: only applies to --format huggingface"),
     (("{run}", "{to}", "--format", "model", "--world", "2"), "--world: only applies to --format checkpoint"),
     (("{run}", "{to}", "--format", "safetensors", "--top_k", "2"), "--top_k: only applies to --format model"),
     (("{run}", "{to}", "--format", "model", "--noise", "0.1"), "--noise: only applies to --upcycle"),

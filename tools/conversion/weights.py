@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from model.diffuseq_import import TABLES, original_config
 from model.errors import ConfigError
-from tools.conversion.files import load, write_safetensors
+from tools.conversion.files import Tensors, load, write_safetensors
 from tools.conversion.layout import empty_model
 from tools.conversion.mapping import Rule, check
 from tools.conversion.source import WEIGHTS, Source
@@ -21,6 +22,7 @@ from trainer import config_load
 from trainer.config import RunConfig, to_dict
 from trainer.ds_config import read_json
 from trainer.errors import CheckpointError
+from trainer.export import INDEX, weight_files
 
 _NEEDED = ("vocab", "vocab_size", "seq_len", "config_name", "hidden_dim", "hidden_t_dim", "noise_schedule",
            "diffusion_steps", "dropout")
@@ -28,7 +30,7 @@ _NEEDED = ("vocab", "vocab_size", "seq_len", "config_name", "hidden_dim", "hidde
 
 
 class ExportedModel(Source):
-    """A run's `model` folder, or one that was converted."""
+    """A run's `model` folder, or one that was converted; Hugging Face folders among them."""
 
     kinds = (WEIGHTS,)
 
@@ -39,18 +41,23 @@ class ExportedModel(Source):
         self.run = config_load.from_dict(config["run"], str(folder / "config.json"))
         self.step, self.weights = config.get("step"), config.get("weights")
         self.vocabulary = folder / "vocabulary.model"
-        path = folder / "model.safetensors"
-        try:
-            self._file = safe_open(path, "pt")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}") from error
+        self._file_of = {}
+        for path in weight_files(folder):
+            try:
+                file = safe_open(path, "pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read: {error}") from error
+            if twice := self._file_of.keys() & file.keys():
+                raise CheckpointError(f"{path} holds tensors that another file of {folder} holds too: "
+                                      f"{', '.join(sorted(twice)[:5])}")
+            self._file_of |= dict.fromkeys(file.keys(), file)
         buffers = {name for name, _ in empty_model(self.run.model).named_buffers()}
-        names = set(self._file.keys())
-        self.shapes = {name: torch.Size(self._file.get_slice(name).get_shape()) for name in sorted(names - buffers)}
-        self.buffers = {name: self._file.get_tensor(name) for name in buffers & names}
+        self.shapes = {name: torch.Size(self._file_of[name].get_slice(name).get_shape())
+                       for name in sorted(self._file_of.keys() - buffers)}
+        self.buffers = {name: self._file_of[name].get_tensor(name) for name in sorted(self._file_of.keys() & buffers)}
 
     def pieces(self, kind: str, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        yield self._file.get_tensor(name).flatten()[start:stop]
+        yield self._file_of[name].get_tensor(name).flatten()[start:stop]
 
 
 class OriginalDiffuSeq(Source):
@@ -96,9 +103,8 @@ def _bert(folder: Path, arguments: dict) -> dict:
                       "has: put it there as bert_config.json")
 
 
-def write_weights(path: Path, source: Source, run: RunConfig, rules: list[Rule], kind: str, dtype: torch.dtype,
-                  metadata: dict[str, str]) -> None:
-    """Writes the model that `run` describes as one safetensors file, each tensor by its rule."""
+def tensors_of(source: Source, run: RunConfig, rules: list[Rule], kind: str, dtype: torch.dtype) -> Tensors:
+    """The tensors of the model that `run` describes, each by its rule; CheckpointError unless the rules fit both."""
     targets = empty_model(run.model).state_dict()
     made = {rule.target: rule for rule in rules}
     check(rules, source.shapes, targets.keys() - source.buffers.keys())
@@ -106,9 +112,20 @@ def write_weights(path: Path, source: Source, run: RunConfig, rules: list[Rule],
         if rule.combine is None and source.shapes[rule.sources[0]] != targets[rule.target].shape:
             raise CheckpointError(f"{rule.target} has shape {list(source.shapes[rule.sources[0]])}, where its "
                                   f"configuration says {list(targets[rule.target].shape)}")
-    tensors = [(name, value.dtype, value.shape, iter([value.flatten()])) for name, value in source.buffers.items()]
-    tensors += [(name, dtype, targets[name].shape, made[name].pieces(source, kind)) for name in sorted(made)]
-    write_safetensors(path, tensors, {"format": "pt", **metadata})
+    tensors = {name: (value.dtype, value.shape, iter([value.flatten()])) for name, value in source.buffers.items()}
+    return tensors | {name: (dtype, targets[name].shape, made[name].pieces(source, kind)) for name in sorted(made)}
+
+
+def write_shards(folder: Path, tensors: Tensors, shard_bytes: int) -> None:
+    """Writes the weights as Hugging Face does: files of at most so many bytes (a larger tensor has one of its own) and
+    an index of them; a single file without one if all fit."""
+    shapes = {name: torch.empty(shape, dtype=dtype, device="meta") for name, (dtype, shape, _) in tensors.items()}
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=shard_bytes)
+    for filename, names in split.filename_to_tensors.items():
+        write_safetensors(folder / filename, {name: tensors[name] for name in names}, {"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
 def metadata_of(run: RunConfig, facts: dict) -> dict[str, str]:
