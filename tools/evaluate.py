@@ -7,6 +7,9 @@
 Reads JSON lines with `text`, `source` and `reference` (a string, or a list where several are right), as
 tools/generate.py writes them; prints a table and keeps it beside each file as .scores.md and .scores.json. Several
 files must be about the same documents; the differences from the first are then printed with their intervals.
+
+Exit codes: 0 scored; 80 the command line asks for something that cannot work; 81 a file is missing or faulty; 1 a
+defect of this program.
 """
 
 import sys

@@ -48,6 +48,14 @@ def model_folder(path: Path) -> Path:
 
 def read_model(folder: Path, device: torch.device | str = "cpu") -> tuple[DiffusionLM, Vocabulary, RunConfig]:
     """The model in evaluation mode, its vocabulary and the configuration of the run that made it."""
+    run, vocabulary = read_description(folder)
+    model = DiffusionLM(run.model)
+    load_weights(model, folder)
+    return model.to(device).eval(), vocabulary, run
+
+
+def read_description(folder: Path) -> tuple[RunConfig, Vocabulary]:
+    """The configuration of the run that made a model, and its vocabulary, without the weights."""
     missing = [name for name in ("config.json", "vocabulary.model") if not (folder / name).is_file()]
     if not (folder / INDEX).is_file() and not (folder / WEIGHTS_FILE).is_file():
         missing.append(WEIGHTS_FILE)
@@ -55,11 +63,19 @@ def read_model(folder: Path, device: torch.device | str = "cpu") -> tuple[Diffus
         raise CheckpointError(f"{folder} is no exported model: it has no {', '.join(missing)}. A finished run keeps "
                               "its model in RUN/model; of another, make one from its checkpoints: python "
                               f"tools/convert_checkpoint.py {folder} TO --format model")
-    config = folder / "config.json"
-    run = from_dict(json.loads(config.read_text())["run"], str(config))
-    model = DiffusionLM(run.model)
-    load_weights(model, folder)
-    return model.to(device).eval(), Vocabulary(folder / "vocabulary.model"), run
+    return from_dict(read_config(folder)["run"], str(folder / "config.json")), Vocabulary(folder / "vocabulary.model")
+
+
+def read_config(folder: Path) -> dict:
+    """config.json: the configuration of the `run`, `step`, `weights`. CheckpointError if it is not that."""
+    path = folder / "config.json"
+    try:
+        config = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict) or not isinstance(config.get("run"), dict):
+        raise CheckpointError(f"{path} says nothing of a run: this is no model of this program")
+    return config
 
 
 def load_weights(model: DiffusionLM, folder: Path) -> None:

@@ -255,7 +255,7 @@ def test_inspection(trained, tool, tmp_path):
 
 
 def test_help_teaches_from_any_directory():
-    for name in ("convert_checkpoint", "inspect_checkpoint"):
+    for name in ("convert_checkpoint", "inspect_checkpoint", "generate", "evaluate", "prepare_data"):
         done = subprocess.run([sys.executable, str(ROOT / "tools" / f"{name}.py"), "--help"], cwd="/", text=True,
                               capture_output=True, timeout=120)
         assert done.returncode == 0 and "Exit codes" in done.stdout

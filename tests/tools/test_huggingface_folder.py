@@ -9,19 +9,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from model.diffusion_lm import DiffusionLM
 from model.packing import generation_batch
 from model.sampling import sample, token_logits
 from tests.tools.clean_room import link_packages, run_alone
 from tests.tools.converting import call
-from tests.trainer.launching import SMALL, write_corpus
+from tests.tools.exported import exported_run
 from tools import convert_checkpoint
 from tools.huggingface.tokenizer import tokenizer_of
-from trainer.config_load import load
-from trainer.data.prepare import prepare
-from trainer.export import read_model, write_model
+from trainer.export import read_model
 
-RECIPES = ("long_doc", "moe_diffuseq", "diffuseq")
+RECIPES = {"long_doc": {}, "moe_diffuseq": {"data__draws_per_source": 1},
+           "diffuseq": {"data__draws_per_source": 1, "model__moe__experts": 1, "model__max_positions": 64}}
 SHARD_GB = 5e-5
 TEXTS = ["abc bad cafe", "dad fed a bad cab " * 9, ""]
 SCRIPT = """
@@ -45,30 +43,10 @@ print("alone")
 """
 
 
-def small_run(folder, recipe):
-    """A run's folder with a model whose weights are as far from their start as after training."""
-    settings = {**SMALL, **write_corpus(folder)}
-    if recipe == "diffuseq":
-        settings |= {"model.moe.experts": 1, "model.max_positions": 64}
-    if recipe != "long_doc":
-        settings["data.draws_per_source"] = 1
-    run = load("tiny", recipe=recipe, overrides=[f"{key}={value}" for key, value in settings.items()])
-    vocabulary = prepare(run.data, splits=("train",)).vocabulary
-    run = replace(run, model=replace(run.model, vocab_size=vocabulary.size))
-    model = DiffusionLM(run.model)
-    model.init_weights(0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        model.prior_count_V.copy_(torch.arange(vocabulary.size) * 7 % 23)
-    write_model(folder / "model", run, model.state_dict(), vocabulary.path, {"step": 4, "weights": "averaged"})
-    return folder
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    return {recipe: small_run(tmp_path_factory.mktemp(recipe), recipe) for recipe in RECIPES}
+    return {recipe: exported_run(tmp_path_factory.mktemp(recipe), recipe, **settings)
+            for recipe, settings in RECIPES.items()}
 
 
 @pytest.fixture

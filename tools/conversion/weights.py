@@ -22,7 +22,7 @@ from trainer import config_load
 from trainer.config import RunConfig, to_dict
 from trainer.ds_config import read_json
 from trainer.errors import CheckpointError
-from trainer.export import INDEX, weight_files
+from trainer.export import INDEX, read_config, weight_files
 
 _NEEDED = ("vocab", "vocab_size", "seq_len", "config_name", "hidden_dim", "hidden_t_dim", "noise_schedule",
            "diffusion_steps", "dropout")
@@ -35,9 +35,7 @@ class ExportedModel(Source):
     kinds = (WEIGHTS,)
 
     def __init__(self, folder: Path):
-        config = read_json(folder / "config.json", "FROM")
-        if "run" not in config:
-            raise CheckpointError(f"{folder / 'config.json'} says nothing of a run: this is no model of this program")
+        config = read_config(folder)
         self.run = config_load.from_dict(config["run"], str(folder / "config.json"))
         self.step, self.weights = config.get("step"), config.get("weights")
         self.vocabulary = folder / "vocabulary.model"
