@@ -93,12 +93,12 @@ def main() -> None:
     config, vocabulary = read_description(folder)
     how = chosen_sampling(config, args)
     writer = Writer(folder, args.device, how.settings(), how.candidates, args.deterministic)
-    asked = open_asked(config, vocabulary, args)
     output = args.output or (None if args.prompt is not None else default_output(args))
     facts = {"model": str(folder.absolute()), "settings": dataclasses.asdict(how.settings()),
              "candidates": how.candidates, "deterministic": args.deterministic, "limit": args.limit,
              "asked": {name: getattr(args, name) for name in ("split", "input", "prompt", "fill", "unconditional")}}
     done = resume(output, facts) if output else set()
+    asked = open_asked(config, vocabulary, args)
     left = [number for number in asked.numbers if number not in done]
     tasks = (asked.task(number) for number in left)
     parts = iter(lambda: list(islice(tasks, 1 if args.deterministic else args.batch)), [])
@@ -178,15 +178,18 @@ def resume(output: Path, facts: dict) -> set[int]:
 
     What the file was made with is kept beside it, so that two ways of generating never share a file.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     made_with = output.with_suffix(".settings.json")
-    lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
-    if lines and (not made_with.exists() or json.loads(made_with.read_text()) != facts):
-        raise ConfigError("--output", f"{output} was made with another model or other settings: remove it, or choose "
-                          "another file")
-    made_with.write_text(json.dumps(facts, indent=1) + "\n")
-    if lines and not lines[-1].endswith(b"\n"):
-        output.write_bytes(b"".join(lines := lines[:-1]))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
+        if lines and (not made_with.exists() or json.loads(made_with.read_text()) != facts):
+            raise ConfigError("--output", f"{output} was made with another model or other settings: remove it, or "
+                              "choose another file")
+        made_with.write_text(json.dumps(facts, indent=1) + "\n")
+        if lines and not lines[-1].endswith(b"\n"):
+            output.write_bytes(b"".join(lines := lines[:-1]))
+    except OSError as error:
+        raise ConfigError("--output", f"{output} cannot be written: {error.strerror or error}") from error
     return {json.loads(line)["document"] for line in lines}
 
 

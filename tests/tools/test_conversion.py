@@ -150,13 +150,29 @@ def test_an_upcycled_model_starts_as_the_dense_one(trained, tool, tmp_path, top_
 @pytest.mark.parametrize("version, table", [("v1", "live"), ("v2", "averaged")])
 def test_the_originals_checkpoints(tool, tmp_path, version, table):
     path = next((DIFFUSEQ / f"checkpoint_{version}").glob("ema_*.pt"))
-    convert(tool, path, tmp_path / "one", "--format", "safetensors", "--embeddings", table)
-    config = open_source(path).run.model
+    with pytest.warns(UserWarning, match=f"tables differ by up to .*; the {table} one is taken"):
+        said = convert(tool, path, tmp_path / "one", "--format", "safetensors", "--embeddings", table)
+    assert f"averaged weights of step {int(path.stem.rpartition('_')[2])}" in said
     with pytest.warns(UserWarning, match="tables differ"):
+        config = open_source(path).run.model
         wanted = import_weights(config, torch.load(path), table)
     found = load_file(tmp_path / "one")
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
     DiffusionLM(config).load_state_dict(found)
+
+
+@pytest.mark.filterwarnings("ignore:.*tables differ")
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state | {"surplus": torch.zeros(2)}, "1 tensors would be not used: surplus"),
+    (lambda state: {key: value for key, value in state.items() if key != "LayerNorm.bias"}, "unknown: LayerNorm.bias"),
+    (lambda state: {"state": state}, "must hold tensors by name"),
+])
+def test_another_checkpoint_than_the_originals_is_refused(tool, tmp_path, change, message):
+    shutil.copytree(DIFFUSEQ / "checkpoint_v1", tmp_path / "original")
+    path = next((tmp_path / "original").glob("ema_*.pt"))
+    torch.save(change(torch.load(path)), path)
+    said = convert(tool, path, tmp_path / "room" / "to", "--format", "safetensors", expect=84)
+    assert message in said and not any((tmp_path / "room").iterdir())
 
 
 def test_rules_use_and_make_everything_exactly_once():

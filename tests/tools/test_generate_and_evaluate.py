@@ -69,10 +69,15 @@ def test_a_file_of_other_settings_is_not_continued(run_dir):
     (["generate", "{run}", "--input", "/nowhere.jsonl"], 81, "/nowhere.jsonl"),
     (["evaluate", "/nowhere.jsonl"], 81, "cannot be read"),
     (["evaluate", "{broken}"], 81, "broken.jsonl:2"),
+    (["evaluate", "{numbers}"], 81, "numbers.jsonl:1: text, source and reference must be strings"),
+    (["evaluate", "{broken}", "--resamples", "0"], 80, "--resamples: must be at least 1"),
+    (["generate", "{run}", "--output", "{run}"], 80, "--output: {run} cannot be written: Is a directory"),
 ])
 def test_mistakes_are_one_line(run_dir, arguments, expect, message):
     broken = run_dir / "broken.jsonl"
     broken.write_text('{"text": "a", "source": "b", "reference": "c"}\n{"text": "a"}\n')
-    arguments = [part.format(run=run_dir, broken=broken) for part in arguments]
+    numbers = run_dir / "numbers.jsonl"
+    numbers.write_text('{"text": "a", "source": "b", "reference": 7}\n')
+    arguments = [part.format(run=run_dir, broken=broken, numbers=numbers) for part in arguments]
     printed = tool(*arguments, expect=expect)
-    assert message in printed and len(printed.strip().splitlines()) == 1
+    assert message.format(run=run_dir) in printed and len(printed.strip().splitlines()) == 1

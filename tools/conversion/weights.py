@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from model.diffuseq_import import TABLES, original_config
+from model.diffuseq_import import original_config, uniform_prior, used
 from model.errors import ConfigError
 from tools.conversion.files import Tensors, load, write_safetensors
 from tools.conversion.layout import empty_model
@@ -61,13 +62,16 @@ class ExportedModel(Source):
 class OriginalDiffuSeq(Source):
     """A `.pt` file of DiffuSeq or DiffuSeq-v2, with its run's training_args.json and BERT configuration beside it.
 
-    table: which embeddings, `live` or `averaged`; the other table is not used.
+    table: which embeddings, `live` or `averaged`; the other table is not used. The file's name says step and kind of
+    weights.
     """
 
     kinds = (WEIGHTS,)
-    vocabulary = step = None
+    vocabulary = None
 
     def __init__(self, path: Path, table: str):
+        step = re.search(r"(\d+)\.pt$", path.name)
+        self.step, self.weights = int(step[1]) if step else None, "averaged" if path.name.startswith("ema") else "last"
         arguments = read_json(path.parent / "training_args.json", "FROM")
         lacking = [key for key in _NEEDED if key not in arguments]
         if lacking:
@@ -82,14 +86,12 @@ class OriginalDiffuSeq(Source):
         state = load(path)
         if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
             raise CheckpointError(f"{path} is none of DiffuSeq's checkpoints: it must hold tensors by name")
-        other = {*TABLES.values(), "position_ids"} - {TABLES[table]}
-        self._state = {name: value for name, value in state.items() if name not in other}
+        self._state = used(state, table)
         self.shapes = {name: value.shape for name, value in self._state.items()}
-        # The original counted no unigrams: the prior is uniform.
-        self.buffers = {"prior_count_V": torch.zeros(self.run.model.vocab_size, dtype=torch.int64)}
+        self.buffers = uniform_prior(self.run.model)
 
     def pieces(self, kind: str, name: str, start: int, stop: int) -> Iterator[Tensor]:
-        yield self._state[name].detach().flatten()[start:stop]
+        yield self._state[name].flatten()[start:stop]
 
 
 def _bert(folder: Path, arguments: dict) -> dict:
