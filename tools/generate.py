@@ -96,7 +96,8 @@ def main() -> None:
     output = args.output or (None if args.prompt is not None else default_output(args))
     facts = {"model": str(folder.absolute()), "settings": dataclasses.asdict(how.settings()),
              "candidates": how.candidates, "deterministic": args.deterministic, "limit": args.limit,
-             "asked": {name: getattr(args, name) for name in ("split", "input", "prompt", "fill", "unconditional")}}
+             "asked": {name: getattr(args, name) for name in
+                       ("split", "input", "prompt", "fill", "unconditional", "texts_only")}}
     done = resume(output, facts) if output else set()
     asked = open_asked(config, vocabulary, args)
     left = [number for number in asked.numbers if number not in done]

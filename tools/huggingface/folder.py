@@ -13,6 +13,7 @@ from tools.huggingface.tokenizer import write_tokenizer
 from trainer.config import RunConfig, to_dict
 
 _CODE = Path(__file__).with_name("modeling_diffusion_lm.py")
+_LICENSE = Path(__file__).resolve().parents[2] / "LICENSE"
 _MODEL, _CONFIG = "DiffusionLMModel", "DiffusionLMConfig"
 
 
@@ -32,4 +33,5 @@ def describe_for_huggingface(folder: Path, name: str, run: RunConfig, vocabulary
         (folder / file).write_text(text)
     write_tokenizer(vocabulary, folder, run.data.longest_document() - run.data.max_target_tokens)
     shutil.copyfile(vocabulary, folder / "vocabulary.model")
+    shutil.copyfile(_LICENSE, folder / "LICENSE-code")
     (folder / "README.md").write_text(model_card(name, run, tensors, dtype, facts, figures))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import ModelOutput
 
+from model.batch import PackedBatch
 from model.config import AttentionConfig, DiffusionConfig, ModelConfig, MoEConfig
 from model.diffusion_lm import DiffusionLM
 from model.packing import generation_batch
@@ -106,5 +107,5 @@ class DiffusionLMModel(PreTrainedModel):
             written += tokenizer.batch_decode(tokens_CL, skip_special_tokens=True)
         return written
 
-    def _batch(self, sources: Sequence[np.ndarray], numbers: Sequence[int], length: int):
+    def _batch(self, sources: Sequence[np.ndarray], numbers: Sequence[int], length: int) -> PackedBatch:
         return generation_batch(sources, canvas_tokens=length, pad_id=self.config.pad_token_id, samples=numbers)
