@@ -82,7 +82,8 @@ class OriginalDiffuSeq(Source):
         model = original_config(arguments, _bert(path.parent, arguments))
         if model.head_dim % 8:  # too narrow for the fast backends
             model = replace(model, attention=replace(model.attention, backend="reference"))
-        self.run = replace(run, data=data, model=model)
+        train = replace(run.train, steps=arguments.get("learning_steps", run.train.steps))
+        self.run = replace(run, preset="", data=data, model=model, train=train)
         state = load(path)
         if not isinstance(state, dict) or not all(torch.is_tensor(value) for value in state.values()):
             raise CheckpointError(f"{path} is none of DiffuSeq's checkpoints: it must hold tensors by name")
