@@ -63,7 +63,12 @@ def read_description(folder: Path) -> tuple[RunConfig, Vocabulary]:
         raise CheckpointError(f"{folder} is no exported model: it has no {', '.join(missing)}. A finished run keeps "
                               "its model in RUN/model; of another, make one from its checkpoints: python "
                               f"tools/convert_checkpoint.py {folder} TO --format model")
-    return from_dict(read_config(folder)["run"], str(folder / "config.json")), Vocabulary(folder / "vocabulary.model")
+    run = from_dict(read_config(folder)["run"], str(folder / "config.json"))
+    vocabulary = Vocabulary(folder / "vocabulary.model")
+    if vocabulary.size != run.model.vocab_size:
+        raise CheckpointError(f"{vocabulary.path} has {vocabulary.size} pieces, but the model has embeddings for "
+                              f"{run.model.vocab_size}: put the vocabulary there that it was trained with")
+    return run, vocabulary
 
 
 def read_config(folder: Path) -> dict:

@@ -16,6 +16,8 @@ from tests.tools.converting import call
 from tests.tools.exported import exported_run
 from tools import convert_checkpoint
 from tools.huggingface.tokenizer import tokenizer_of
+from trainer.data.vocabulary import train_vocabulary
+from trainer.errors import CheckpointError
 from trainer.export import read_model
 
 RECIPES = {"long_doc": {}, "moe_diffuseq": {"data__draws_per_source": 1},
@@ -176,3 +178,11 @@ def test_damage_is_one_line_and_leaves_nothing(exported, convert, tmp_path, dama
     room.mkdir()
     said = convert(exported, room / "to", "--format", form, expect=code)
     assert message in said and len(said.strip().splitlines()) == 1 and not any(room.iterdir())
+
+
+def test_a_vocabulary_of_another_size_is_refused(exported, convert, tmp_path):
+    train_vocabulary(["abcdefgh bad cafe"] * 50, tmp_path / "other.model", 276)
+    shutil.copyfile(tmp_path / "other.model", exported / "vocabulary.model")
+    with pytest.raises(CheckpointError, match="has 276 pieces, but the model has embeddings for 330"):
+        read_model(exported)
+    assert "has 276 pieces" in convert(exported, tmp_path / "to", "--format", "huggingface", expect=80)
