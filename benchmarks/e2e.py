@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from sacrebleu.metrics import BLEU
 
-from trainer.data.packing import source_segment
+from model.packing import source_segment
 from trainer.export import read_model
 from trainer.generate import generate
 

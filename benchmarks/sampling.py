@@ -26,10 +26,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from model.allocator import keep_freed_memory
 from model.diffusion_lm import DiffusionLM
+from model.packing import Segment, generation_batch, pack
 from model.sampling import SamplerSettings, sample
 from trainer.config_load import load
-from trainer.data.evaluation import generation_batch
-from trainer.data.packing import Segment, pack
 from trainer.randomness import training_draw
 
 SOURCE, TARGET, STEPS, DRAWS, LAYERS = 4096, 256, 20, 8, 2

@@ -83,23 +83,32 @@ def _weight_map(config: ModelConfig, table: str) -> Iterator[tuple[str, tuple[st
             yield f"{ours}.{kind}", (f"{theirs}.{kind}",)
 
 
-def import_weights(config: ModelConfig, original: dict[str, Tensor], table: str = "live") -> dict[str, Tensor]:
-    """A state dict for `DiffusionLM(config)` from an original one. Every key of the original is used exactly once,
-    but for the other embedding table and `position_ids` (0, 1, 2, ...); anything else missing or left over is a
-    ConfigError. The original counted no unigrams: the prior is uniform.
-
-    table: which of TABLES the embeddings are. A warning says so where the two differ.
-    """
-    wanted = weight_map(config, table)
-    used = [key for keys in wanted.values() for key in keys]
-    unused = {"position_ids", *TABLES.values()} - set(used)
-    missing, more = set(used) - original.keys(), original.keys() - set(used) - unused
-    if missing or more:
-        raise ConfigError("checkpoint", "is not one of DiffuSeq's for this configuration: "
-                          f"it lacks {sorted(missing) or 'nothing'} and has {sorted(more) or 'nothing'} besides")
+def used(original: dict[str, Tensor], table: str) -> dict[str, Tensor]:
+    """What weights are made of: all but the other embedding table and `position_ids` (0, 1, 2, …). A warning says so
+    where the two tables differ."""
     live, averaged = (original.get(key) for key in TABLES.values())
     if live is not None and averaged is not None and not torch.equal(live, averaged):
         warnings.warn(f"the checkpoint's averaged and live embedding tables differ by up to "
                       f"{(live - averaged).abs().max():.3g}; the {table} one is taken", stacklevel=2)
-    state = {key: torch.cat([original[part].detach() for part in parts]) for key, parts in wanted.items()}
-    return state | {"prior_count_V": torch.zeros(config.vocab_size, dtype=torch.int64)}
+    unused = {"position_ids", *TABLES.values()} - {TABLES[table]}
+    return {key: value.detach() for key, value in original.items() if key not in unused}
+
+
+def uniform_prior(config: ModelConfig) -> dict[str, Tensor]:
+    """The model's buffer of unigram counts, which the original did not count."""
+    return {"prior_count_V": torch.zeros(config.vocab_size, dtype=torch.int64)}
+
+
+def import_weights(config: ModelConfig, original: dict[str, Tensor], table: str = "live") -> dict[str, Tensor]:
+    """A state dict for `DiffusionLM(config)` from an original one, with a uniform prior. Every key of what is `used` is
+    used exactly once; anything missing or left over is a ConfigError.
+
+    table: which of TABLES the embeddings are.
+    """
+    wanted, original = weight_map(config, table), used(original, table)
+    needed = {key for keys in wanted.values() for key in keys}
+    missing, more = needed - original.keys(), original.keys() - needed
+    if missing or more:
+        raise ConfigError("checkpoint", "is not one of DiffuSeq's for this configuration: "
+                          f"it lacks {sorted(missing) or 'nothing'} and has {sorted(more) or 'nothing'} besides")
+    return {key: torch.cat([original[part] for part in parts]) for key, parts in wanted.items()} | uniform_prior(config)

@@ -147,6 +147,17 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
     return Drawn(canvases.rows_of(logits_NV.argmax(-1)).cpu(), estimate_NE.cpu())
 
 
+def token_logits(model: DiffusionLM, batch: PackedBatch, z_NE: Tensor, absorbed_N: Tensor, log_snr: Tensor,
+                 guess_NE: Tensor) -> Tensor:
+    """Token logits [N, V] of one evaluation of the network at one noise level, for the N target tokens of a CPU batch.
+
+    z_NE, absorbed_N: the noisy targets in the shifted coordinates, and which of them are absorbed. guess_NE: the
+    estimate of the step before, zeros for none.
+    """
+    output, rows_VE = _Network(model, batch, z_NE.device)(z_NE, absorbed_N, log_snr, guess_NE)
+    return model.logits(output, rows_VE)
+
+
 class _Solver:
     """The formulas at the head of this file, between the levels [S] that are visited."""
 

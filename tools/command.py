@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from trainer.errors import ExitCode, exit_code_of
 
 
 def run(main: Callable[[], None]) -> None:
-    """Runs a tool; an error that the user can mend is one line and the documented exit code of its kind."""
+    """Runs a tool; an error that the user can mend is one line and the documented exit code of its kind, a warning one
+    line."""
+    warnings.formatwarning = lambda message, *_: f"warning: {message}\n"
     try:
         main()
     except KeyboardInterrupt:

@@ -1,6 +1,7 @@
-"""Convert a checkpoint: to a model, to one file, to another topology, to DeepSpeed's universal layout, and back.
+"""Convert a checkpoint: to a model, a Hugging Face folder, one file, another topology, DeepSpeed's layout; and back.
 
     python tools/convert_checkpoint.py runs/mine MODEL --format model            # what generate.py and --init_from read
+    python tools/convert_checkpoint.py runs/mine FOLDER --format huggingface     # what transformers' AutoModel loads
     python tools/convert_checkpoint.py runs/mine one.safetensors --format safetensors --dtype bf16 --weights trained
     python tools/convert_checkpoint.py runs/mine/checkpoints/step-00001000 TO --format checkpoint \\
         --world 16 --expert_parallel_size 8 --zero_stage 2                       # then: trainer/run.py --resume TO ...
@@ -8,10 +9,10 @@
     python tools/convert_checkpoint.py dense_model TO --format model --upcycle 8 --top_k 2
     python tools/convert_checkpoint.py diffuseq/ema_0.9999_050000.pt TO.safetensors --format safetensors
 
-FROM is a run (its newest whole checkpoint), a checkpoint, a universal checkpoint, an exported model, or a .pt file of
-the original DiffuSeq with its training_args.json. TO must not exist; it appears whole or not at all. Every tensor of
-FROM is used exactly once and every tensor of TO made exactly once, or nothing is written. Only open checkpoints from
-people you trust: PyTorch's files can run programs.
+FROM is a run (its newest whole checkpoint), a checkpoint, a universal checkpoint, an exported model, a Hugging Face
+folder that was made here, or a .pt file of the original DiffuSeq with its training_args.json. TO must not exist; it
+appears whole or not at all. Every tensor of FROM is used exactly once and every tensor of TO made exactly once, or
+nothing is written. Only open checkpoints from people you trust: PyTorch's files can run programs.
 
 Exit codes: 0 converted; 80 the command line asks for something that cannot work; 84 FROM is damaged, not whole or no
 checkpoint; 81 the vocabulary cannot be read; 1 a defect of this program.
@@ -32,6 +33,7 @@ from trainer.parser import Parser
 _OPTIONS = {
     "safetensors": ("dtype", "weights", "embeddings"),
     "model": ("dtype", "weights", "embeddings", "vocabulary", "upcycle", "top_k", "noise", "seed"),
+    "huggingface": ("dtype", "weights", "embeddings", "vocabulary", "upcycle", "top_k", "noise", "seed", "shard_gb"),
     "checkpoint": ("world", "expert_parallel_size", "zero_stage"),
     "universal": (),
 }
@@ -44,17 +46,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("target", type=Path, metavar="TO")
     parser.add_argument("--format", choices=_OPTIONS, required=True,
                         help="safetensors: all weights in one file; model: a folder with configuration and vocabulary; "
+                             "huggingface: the same with code, tokenizer and model card, for transformers; "
                              "checkpoint: a training state to resume from; universal: DeepSpeed's form of one "
                              "(which it loads in ZeRO-3)")
-    weights = parser.add_argument_group("safetensors and model")
+    weights = parser.add_argument_group("safetensors, model and huggingface")
     weights.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
     weights.add_argument("--weights", choices=("average", "trained"),
                          help="of a training state (default: average, if the run kept one)")
     weights.add_argument("--embeddings", choices=("live", "averaged"),
                          help="which of the original DiffuSeq's two tables (default: live, as it does itself)")
     weights.add_argument("--vocabulary", type=Path, metavar="FILE",
-                         help="model: sentencepiece model (default: the one that the run keeps)")
-    more = parser.add_argument_group("model: from a dense one to a mixture of experts")
+                         help="model, huggingface: sentencepiece model (default: the one that the run keeps)")
+    weights.add_argument("--shard_gb", type=float, metavar="GB", help="huggingface: the most that a file of weights "
+                         "holds; a larger tensor has one of its own (default: 5)")
+    more = parser.add_argument_group("model, huggingface: from a dense one to a mixture of experts")
     more.add_argument("--upcycle", type=int, metavar="EXPERTS", help="copies of each feed-forward; the function is at "
                       "first the same")
     more.add_argument("--top_k", type=int, metavar="K", help="experts for each token (default: 2)")
@@ -89,6 +94,8 @@ def _check(args: argparse.Namespace) -> None:
     for name, least in (("world", 1), ("expert_parallel_size", 1), ("upcycle", 2), ("top_k", 1), ("noise", 0)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ConfigError(f"--{name}", f"must be at least {least}, not {getattr(args, name)}")
+    if args.shard_gb is not None and args.shard_gb <= 0:
+        raise ConfigError("--shard_gb", f"must be positive, not {args.shard_gb}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,9 @@
 Reads JSON lines with `text`, `source` and `reference` (a string, or a list where several are right), as
 tools/generate.py writes them; prints a table and keeps it beside each file as .scores.md and .scores.json. Several
 files must be about the same documents; the differences from the first are then printed with their intervals.
+
+Exit codes: 0 scored; 80 the command line asks for something that cannot work; 81 a file is missing or faulty; 1 a
+defect of this program.
 """
 
 import sys
@@ -19,6 +22,7 @@ import json
 
 from tqdm import tqdm
 
+from model.errors import ConfigError
 from tools.command import run
 from tools.scoring.baselines import baselines, median_words
 from tools.scoring.bootstrap import RESAMPLES, difference
@@ -64,6 +68,9 @@ def read(path: Path) -> list[dict]:
                             "writes them") from None
         if isinstance(record["reference"], str):
             record["reference"] = [record["reference"]]
+        if not isinstance(record["reference"], list) or not all(
+                isinstance(text, str) for text in (record["text"], record["source"], *record["reference"])):
+            raise DataError(f"{path}:{number}: text, source and reference must be strings, or reference a list of some")
         if not record["reference"]:
             raise DataError(f"{path}:{number}: has an empty list of references: give one at least")
         records.append(record)
@@ -96,6 +103,9 @@ def differences(systems: dict[str, Scores], resamples: int) -> str:
 
 def main() -> None:
     args = build_parser().parse_args()
+    for name, least in (("resamples", 1), ("lead_words", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name}", f"must be at least {least}, not {getattr(args, name)}")
     files = read_all(args.generations)
     encoder = Encoder(args.embedding_model) if args.embedding_model else None
     records = files[args.generations[0]]

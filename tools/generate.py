@@ -1,10 +1,21 @@
-"""Generate a target for every source of a data set with a trained model.
+"""Generate texts with a trained model: for documents, for a prompt, into gaps, or from nothing.
 
-    python tools/generate.py runs/tiny-long_doc --split test --limit 40
-    python tools/generate.py runs/tiny-long_doc --input my_documents.jsonl --output my_summaries.jsonl
+    python tools/generate.py runs/tiny --split test --limit 40
+    python tools/generate.py my_model --input my_documents.jsonl --output my_summaries.jsonl --processes 8
+    python tools/generate.py my_model --prompt "A document in one line." --temperature 0.5
+    python tools/generate.py my_model --fill gapped.jsonl        # <gap:12> in a target stands for 12 tokens to write
+    python tools/generate.py my_model --unconditional 10
 
-Writes JSON lines: document, text, ended, and the source and reference that the data set has. Interrupted, it goes on
-where it stopped. The noise of a text depends on --seed, its document's number and which candidate it is.
+The model is a finished run, an exported model or a Hugging Face folder. Writes JSON lines: document, text, ended, and
+the source and reference that are known (with --fill: document, text, fills, source, gapped). Interrupted, it goes on
+where it stopped when started again with the same options.
+
+The noise of a text depends on --seed, its document's number and which candidate it is. Which other documents are
+computed with it changes roundings, and so, rarely, a token; with --deterministic nothing does: texts are the same for
+a seed whatever --batch and --processes, on the same kind of machine.
+
+Exit codes: 0 done; 80 the command line or the model's configuration asks for something that cannot work; 81 documents
+are missing or faulty; 83 out of memory; 84 there is no model, or it is damaged; 1 a defect of this program.
 """
 
 import sys
@@ -15,36 +26,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import argparse
 import dataclasses
 import json
+from contextlib import nullcontext
+from itertools import islice
 
 import torch
 from tqdm import tqdm
 
-from model.allocator import keep_freed_memory
 from model.errors import ConfigError
-from model.sampling import GRIDS, SOLVERS
+from model.sampling import COMPAT, GRIDS, SOLVERS
 from tools.command import run
+from tools.generating.asked import Asked, Documents, Gapped, Nothing, Prompt
+from tools.generating.writer import Writer, written
 from trainer.config import RunConfig, SampleConfig
-from trainer.data.evaluation import evaluation_samples
-from trainer.data.prepare import PreparedData, prepare
+from trainer.data.vocabulary import Vocabulary
 from trainer.errors import DataError
-from trainer.export import model_folder, read_model
-from trainer.generate import emergence, generate
+from trainer.export import model_folder, read_description
 from trainer.parser import Parser
 
 
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", type=Path, help="a finished run's folder, or an exported model's")
-    what = parser.add_argument_group("what to generate for")
-    what.add_argument("--split", choices=("test", "valid"), default="test", help="of the run's data (default: test)")
-    what.add_argument("--input", help="documents instead of a split: file, folder, glob or hub name")
-    what.add_argument("--limit", type=int, default=0, metavar="N",
+    parser.add_argument("model", type=Path, help="a finished run's folder, an exported model's, or a Hugging Face one")
+    what = parser.add_argument_group("what to generate for (default: --split test)").add_mutually_exclusive_group()
+    what.add_argument("--split", choices=("test", "valid"), help="of the run's data")
+    what.add_argument("--input", metavar="WHERE", help="documents: file (JSON lines, Parquet), folder, glob or hub "
+                      "name, with the fields that the run was trained on; targets may be missing")
+    what.add_argument("--prompt", metavar="TEXT", help="one source; prints the text, and keeps it with --output only")
+    what.add_argument("--fill", metavar="WHERE", help="documents whose targets have gaps, such as <gap:12>")
+    what.add_argument("--unconditional", type=int, metavar="N", help="N texts without source, of a model that was "
+                      "trained with model.diffusion.source_dropout")
+    more = parser.add_argument_group("of these")
+    more.add_argument("--texts_only", action="store_true", help="with --unconditional: the model was trained on texts "
+                      "that have no source")
+    more.add_argument("--limit", type=int, default=0, metavar="N",
                       help="only N documents, spread evenly over the data set (default: all)")
-    what.add_argument("--output", type=Path, help="JSON lines (default: generations/SPLIT.jsonl in the run's folder)")
-    what.add_argument("--trace", action="store_true",
+    more.add_argument("--output", type=Path, help="JSON lines (default: in the folder `generations` of the model's or "
+                      "run's folder, by the split's or the input's name)")
+    more.add_argument("--trace", action="store_true",
                       help="also write trace.json beside the output: the first document's text after every step")
+    more.add_argument("--cache_dir", metavar="DIR", help="for tokenized documents (default: the run's data.cache_dir)")
     how = parser.add_argument_group("how (default: as the run's configuration says)")
-    how.add_argument("--solver", choices=SOLVERS)
+    how.add_argument("--solver", choices=(*SOLVERS, COMPAT))
     how.add_argument("--steps", type=int, help="noise levels that are visited")
     how.add_argument("--grid", choices=GRIDS, help="where those levels lie: evenly in this")
     how.add_argument("--temperature", type=float, help="below 1 sharpens each prediction")
@@ -54,56 +76,102 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--clamp", action=argparse.BooleanOptionalAction, default=None,
                      help="round each prediction to its nearest token")
     how.add_argument("--seed", type=int)
-    how.add_argument("--batch", type=int, default=8, metavar="N", help="documents at a time (default: 8)")
-    how.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    where = parser.add_argument_group("where")
+    where.add_argument("--batch", type=int, default=8, metavar="N", help="documents at a time (default: 8)")
+    where.add_argument("--processes", type=int, default=1, metavar="N",
+                       help="that share the documents, the cores and the GPUs (default: 1)")
+    where.add_argument("--deterministic", action="store_true", help="one document at a time, on one thread of each "
+                       "process, with kernels that always give the same bits: slower")
+    where.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    keep_freed_memory()
+    check(args)
     folder = model_folder(args.model)
-    model, vocabulary, trained_as = read_model(folder, args.device)
-    how = chosen_sampling(trained_as, args)
-    settings = how.settings()
-    data = open_documents(trained_as, vocabulary.path, args)
-    output = args.output or args.model / "generations" / f"{args.split}.jsonl"
-    samples = data.samples("test", draws=1)
-    chosen = evaluation_samples(len(samples), args.limit).tolist()
-    done = resume(output, {"model": str(folder.absolute()), "settings": dataclasses.asdict(settings),
-                           "candidates": how.candidates, "limit": args.limit, "input": args.input or args.split})
-    cache = data.caches["test"]
-    left = [(number, samples.source(number)) for number in chosen if number not in done]
-    with output.open("a") as file:
-        records = generate(model, vocabulary, left, samples.canvas_tokens, settings, device=torch.device(args.device),
-                           candidates=how.candidates, documents_per_batch=args.batch)
-        for record in tqdm(records, desc="generating", total=len(chosen), initial=len(done), unit="document"):
-            document = samples.document_S[record["document"]]
-            record["source"], record["reference"] = vocabulary.decode([cache.source(document), cache.target(document)])
-            file.write(json.dumps(record, ensure_ascii=False) + "\n")
-            file.flush()
+    config, vocabulary = read_description(folder)
+    how = chosen_sampling(config, args)
+    writer = Writer(folder, args.device, how.settings(), how.candidates, args.deterministic)
+    output = args.output or (None if args.prompt is not None else default_output(args))
+    facts = {"model": str(folder.absolute()), "settings": dataclasses.asdict(how.settings()),
+             "candidates": how.candidates, "deterministic": args.deterministic, "limit": args.limit,
+             "asked": {name: getattr(args, name) for name in
+                       ("split", "input", "prompt", "fill", "unconditional", "texts_only")}}
+    done = resume(output, facts) if output else set()
+    asked = open_asked(config, vocabulary, args)
+    left = [number for number in asked.numbers if number not in done]
+    tasks = (asked.task(number) for number in left)
+    parts = iter(lambda: list(islice(tasks, 1 if args.deterministic else args.batch)), [])
+    with (output.open("a") if output else nullcontext(sys.stdout)) as file, tqdm(
+            desc="generating", total=len(asked.numbers), initial=len(done), unit="document",
+            disable=output is None) as progress:
+        for records in written(writer, parts, args.processes):
+            for record in records:
+                record |= asked.known(record["document"])
+                print(json.dumps(record, ensure_ascii=False) if output else record["text"], file=file, flush=True)
+                progress.update()
     if args.trace:
-        first = (chosen[0], samples.source(chosen[0]))
-        record = emergence(model, vocabulary, first, samples.canvas_tokens, settings, device=torch.device(args.device))
+        record = writer.emergence(asked.task(asked.numbers[0]))
         output.with_name("trace.json").write_text(json.dumps(record, ensure_ascii=False, indent=1) + "\n")
-    print(f"{len(chosen)} texts in {output}")
+    if output:
+        print(f"{len(asked.numbers)} texts in {output}")
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses options that do not go together, and numbers that mean nothing. Sets what is generated for by default."""
+    if all(value is None for value in (args.split, args.input, args.prompt, args.fill, args.unconditional)):
+        args.split = "test"
+    for name in ("batch", "processes", "unconditional"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ConfigError(f"--{name}", f"must be at least 1, not {getattr(args, name)}")
+    if args.limit < 0:
+        raise ConfigError("--limit", f"must be 0 (all) or positive, not {args.limit}")
+    if args.fill and args.candidates not in (None, 1):
+        raise ConfigError("--candidates", "does not apply to --fill, which writes one text into each gap")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device", "is cuda, but PyTorch finds no such device here: leave it out")
+    if args.trace and (args.fill or (args.prompt is not None and not args.output)):
+        raise ConfigError("--trace", "does not apply to --fill, and with --prompt needs --output, beside which it lies")
+    if args.texts_only and args.unconditional is None:
+        raise ConfigError("--texts_only", "only applies to --unconditional")
+    if args.limit and (args.prompt is not None or args.unconditional is not None):
+        raise ConfigError("--limit", "only applies to documents: --split, --input and --fill")
 
 
 def chosen_sampling(config: RunConfig, args: argparse.Namespace) -> SampleConfig:
     """The run's way of sampling with that of the command line in its place; ConfigError where it cannot be."""
     given = {field.name: getattr(args, field.name, None) for field in dataclasses.fields(SampleConfig)}
     chosen = dataclasses.replace(config.sample, **{name: value for name, value in given.items() if value is not None})
+    if args.fill:
+        chosen = dataclasses.replace(chosen, candidates=1)
     dataclasses.replace(config, sample=chosen).validate()
     return chosen
 
 
-def open_documents(config: RunConfig, vocabulary: Path, args: argparse.Namespace) -> PreparedData:
-    """The documents to generate for, as the split `test`."""
-    where = args.input or getattr(config.data, args.split)
+def open_asked(config: RunConfig, vocabulary: Vocabulary, args: argparse.Namespace) -> Asked:
+    """What to generate for."""
+    data = dataclasses.replace(config.data, vocabulary=str(vocabulary.path),
+                               cache_dir=args.cache_dir or config.data.cache_dir)
+    config = dataclasses.replace(config, data=data)
+    if args.prompt is not None:
+        return Prompt(config, vocabulary, args.prompt)
+    if args.fill:
+        return Gapped(config, vocabulary, args.fill, args.limit)
+    if args.unconditional is not None:
+        return Nothing(config, vocabulary, args.unconditional, args.texts_only)
+    where = args.input or getattr(data, args.split)
     if not where:
         raise DataError(f"the run has no data.{args.split}: give --input")
-    data = dataclasses.replace(config.data, test=where, vocabulary=str(vocabulary))
-    return prepare(data, splits=("test",), progress=True)
+    return Documents(config, where, args.limit, targets_needed=not args.input)
+
+
+def default_output(args: argparse.Namespace) -> Path:
+    """In the run's or model's own folder."""
+    name = args.split or "unconditional"
+    if where := args.input or args.fill:
+        name = Path(where).name.partition(".")[0].replace("*", "") or "input"
+    return args.model / "generations" / f"{name}.jsonl"
 
 
 def resume(output: Path, facts: dict) -> set[int]:
@@ -111,15 +179,18 @@ def resume(output: Path, facts: dict) -> set[int]:
 
     What the file was made with is kept beside it, so that two ways of generating never share a file.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
     made_with = output.with_suffix(".settings.json")
-    lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
-    if lines and (not made_with.exists() or json.loads(made_with.read_text()) != facts):
-        raise ConfigError("--output", f"{output} was made with another model or other settings: remove it, or choose "
-                          "another file")
-    made_with.write_text(json.dumps(facts, indent=1) + "\n")
-    if lines and not lines[-1].endswith(b"\n"):
-        output.write_bytes(b"".join(lines := lines[:-1]))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
+        if lines and (not made_with.exists() or json.loads(made_with.read_text()) != facts):
+            raise ConfigError("--output", f"{output} was made with another model or other settings: remove it, or "
+                              "choose another file")
+        made_with.write_text(json.dumps(facts, indent=1) + "\n")
+        if lines and not lines[-1].endswith(b"\n"):
+            output.write_bytes(b"".join(lines := lines[:-1]))
+    except OSError as error:
+        raise ConfigError("--output", f"{output} cannot be written: {error.strerror or error}") from error
     return {json.loads(line)["document"] for line in lines}
 
 

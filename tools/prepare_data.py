@@ -21,6 +21,9 @@ rather than in train. Documents with the same source never go to different split
 
 On several machines:  mpirun -n 33 python tools/prepare_data.py ...   (mpi4py; the first rank reads and writes, the
 others tokenize; the vocabulary and OUT must lie on a disk that all share)
+
+Exit codes: 0 done; 80 the command line asks for something that cannot work; 81 documents are missing or faulty; 1 a
+defect of this program.
 """
 
 import sys

@@ -12,8 +12,8 @@ from model.attention.pattern import AttentionPattern
 from model.batch import PackedBatch
 from model.diffusion_lm import DiffusionLM
 from model.flops import training_flops
+from model.packing import Segment, pack
 from trainer.config import RunConfig, recomputed_layers, to_toml
-from trainer.data.packing import Segment, pack
 from trainer.ds_config import DSConfig
 from trainer.kernels import DTYPES, chosen_kernels
 from trainer.memory import memory_per_rank

@@ -11,9 +11,8 @@ import torch
 from model.config import ModelConfig
 from model.diffusion_lm import DiffusionLM
 from model.errors import ConfigError
+from model.packing import Segment, candidates_batch, generation_batch, source_segment
 from model.sampling import SamplerSettings, noise_levels, sample
-from trainer.data.evaluation import candidates_batch, generation_batch
-from trainer.data.packing import Segment, source_segment
 from trainer.data.vocabulary import Vocabulary
 from trainer.mbr import choose
 
@@ -42,16 +41,13 @@ def generate(model: DiffusionLM, vocabulary: Vocabulary, sources: Sequence[tuple
             yield record if candidates == 1 else {**record, "candidates": own}
 
 
-def generate_unconditional(model: DiffusionLM, vocabulary: Vocabulary, count: int, canvas_tokens: int,
-                           settings: SamplerSettings, *, device: torch.device) -> Iterator[dict]:
-    """`count` records as `generate` gives them, from empty sources. ConfigError if the model never saw one. (A model
-    of texts without source is given empty arrays as sources by `generate` itself.)"""
-    if model.config.diffusion.source_dropout == 0:
+def no_source(config: ModelConfig, vocabulary: Vocabulary) -> np.ndarray:
+    """What `generate` is given in place of a source, for unconditional texts. ConfigError if the model never saw that.
+    (A model of texts without source is given empty arrays.)"""
+    if config.diffusion.source_dropout == 0:
         raise ConfigError("model.diffusion.source_dropout", "is 0: the model was never trained without a source. Train "
                           "with about 0.1")
-    nothing = source_segment([], 0, vocabulary.bos_id, vocabulary.eos_id)
-    yield from generate(model, vocabulary, [(number, nothing) for number in range(count)], canvas_tokens, settings,
-                        device=device)
+    return source_segment([], 0, vocabulary.bos_id, vocabulary.eos_id)
 
 
 @dataclass(frozen=True)

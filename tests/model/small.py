@@ -6,7 +6,7 @@ import torch
 from model.batch import PackedBatch
 from model.config import AttentionConfig, DiffusionConfig, ModelConfig, MoEConfig
 from model.diffusion_lm import DiffusionLM
-from trainer.data.packing import Segment, pack
+from model.packing import Segment, pack
 
 VOCABULARY = 40
 CANVAS = 12

@@ -10,9 +10,9 @@ from model.config import DiffusionConfig, ModelConfig
 from model.diffusion.process import NoisyTargets, absorbed_at, add_noise, context_free_logits
 from model.diffusion.schedule import NoiseSchedule, alpha_sigma
 from model.diffusion_lm import DiffusionLM
+from model.packing import generation_batch
 from model.sampling import SOLVERS, SamplerSettings, sample
 from tests.model.small import small_config
-from trainer.data.evaluation import generation_batch
 
 
 @pytest.mark.parametrize("name", ["log_snr", "sqrt", "cosine"])

@@ -8,10 +8,9 @@ import torch
 
 from model.diffusion.schedule import alpha_sigma
 from model.errors import ConfigError
+from model.packing import Segment, candidates_batch
 from model.sampling import SamplerSettings, _Solver, noise_levels, sample
 from tests.model.small import CANVAS, VOCABULARY, small_config, small_model
-from trainer.data.evaluation import candidates_batch
-from trainer.data.packing import Segment
 
 F64 = torch.float64
 EOS, PAD = 2, 3

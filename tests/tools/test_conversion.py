@@ -68,6 +68,15 @@ def test_trained_weights_are_other_than_their_average(trained, tool, tmp_path):
     assert not torch.equal(one["head.weight"], other["head.weight"])
 
 
+@pytest.mark.parametrize("weights", ["trained", "average"])
+def test_there_and_back_through_a_hugging_face_folder_is_exact(trained, tool, tmp_path, weights):
+    convert(tool, trained, tmp_path / "folder", "--format", "huggingface", "--weights", weights, "--shard_gb", 1e-5)
+    convert(tool, tmp_path / "folder", tmp_path / "back", "--format", "safetensors")
+    convert(tool, trained, tmp_path / "direct", "--format", "safetensors", "--weights", weights)
+    found, wanted = load_file(tmp_path / "back"), load_file(tmp_path / "direct")
+    assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
 CHAIN = [(2, 2, 3), (4, 4, 1), (4, 2, 2), (8, 2, 3), (2, 1, 1), (4, 1, 3), (1, 1, 2)]
 
 
@@ -141,13 +150,29 @@ def test_an_upcycled_model_starts_as_the_dense_one(trained, tool, tmp_path, top_
 @pytest.mark.parametrize("version, table", [("v1", "live"), ("v2", "averaged")])
 def test_the_originals_checkpoints(tool, tmp_path, version, table):
     path = next((DIFFUSEQ / f"checkpoint_{version}").glob("ema_*.pt"))
-    convert(tool, path, tmp_path / "one", "--format", "safetensors", "--embeddings", table)
-    config = open_source(path).run.model
+    with pytest.warns(UserWarning, match=f"tables differ by up to .*; the {table} one is taken"):
+        said = convert(tool, path, tmp_path / "one", "--format", "safetensors", "--embeddings", table)
+    assert f"averaged weights of step {int(path.stem.rpartition('_')[2])}" in said
     with pytest.warns(UserWarning, match="tables differ"):
+        config = open_source(path).run.model
         wanted = import_weights(config, torch.load(path), table)
     found = load_file(tmp_path / "one")
     assert wanted.keys() == found.keys() and all(torch.equal(wanted[name], found[name]) for name in wanted)
     DiffusionLM(config).load_state_dict(found)
+
+
+@pytest.mark.filterwarnings("ignore:.*tables differ")
+@pytest.mark.parametrize("change, message", [
+    (lambda state: state | {"surplus": torch.zeros(2)}, "1 tensors would be not used: surplus"),
+    (lambda state: {key: value for key, value in state.items() if key != "LayerNorm.bias"}, "unknown: LayerNorm.bias"),
+    (lambda state: {"state": state}, "must hold tensors by name"),
+])
+def test_another_checkpoint_than_the_originals_is_refused(tool, tmp_path, change, message):
+    shutil.copytree(DIFFUSEQ / "checkpoint_v1", tmp_path / "original")
+    path = next((tmp_path / "original").glob("ema_*.pt"))
+    torch.save(change(torch.load(path)), path)
+    said = convert(tool, path, tmp_path / "room" / "to", "--format", "safetensors", expect=84)
+    assert message in said and not any((tmp_path / "room").iterdir())
 
 
 def test_rules_use_and_make_everything_exactly_once():
@@ -172,6 +197,8 @@ def _unknown_key(folder):
 
 @pytest.mark.parametrize("damage, form, expect, message", [
     (_truncate, "checkpoint", 84, "bytes were written"),
+    (_truncate, "huggingface", 84, "bytes were written"),
+    (lambda folder: (folder / "rank00000.pt").unlink(), "huggingface", 84, "rank00000.pt: "),
     (lambda folder: (folder / "rank00000.pt").unlink(), "universal", 84, "rank00000.pt: "),
     (lambda folder: (folder / "manifest.json").write_text("{"), "model", 84, "no readable manifest.json"),
     (lambda folder: (folder / "config" / "run.toml").unlink(), "model", 84, "is of an unknown run"),
@@ -193,6 +220,10 @@ def test_damage_is_one_line_and_leaves_nothing(trained, tool, tmp_path, damage, 
 
 @pytest.mark.parametrize("arguments, message", [
     (("{run}", "{here}", "--format", "model"), "TO: {here} exists"),
+    (("{run}", "{here}", "--format", "huggingface"), "TO: {here} exists"),
+    (("{run}", "{to}", "--format", "huggingface", "--vocabulary", "{other}"), "--vocabulary: {other} has 276 pieces"),
+    (("{run}", "{to}", "--format", "huggingface", "--shard_gb", "0"), "--shard_gb: must be positive"),
+    (("{run}", "{to}", "--format", "model", "--shard_gb", "1"), "--shard_gb: only applies to --format huggingface"),
     (("{run}", "{to}", "--format", "model", "--world", "2"), "--world: only applies to --format checkpoint"),
     (("{run}", "{to}", "--format", "safetensors", "--top_k", "2"), "--top_k: only applies to --format model"),
     (("{run}", "{to}", "--format", "model", "--noise", "0.1"), "--noise: only applies to --upcycle"),
@@ -240,7 +271,7 @@ def test_inspection(trained, tool, tmp_path):
 
 
 def test_help_teaches_from_any_directory():
-    for name in ("convert_checkpoint", "inspect_checkpoint"):
+    for name in ("convert_checkpoint", "inspect_checkpoint", "generate", "evaluate", "prepare_data"):
         done = subprocess.run([sys.executable, str(ROOT / "tools" / f"{name}.py"), "--help"], cwd="/", text=True,
                               capture_output=True, timeout=120)
         assert done.returncode == 0 and "Exit codes" in done.stdout

@@ -161,7 +161,8 @@ def write_large(folder, source, parameters: int) -> None:
     write_checkpoint(folder, Zeros(), Topology(4, 2, 2), source.vocabulary)
 
 
-@pytest.mark.parametrize("form", [to(2, 1, 3), ("--format", "safetensors"), ("--format", "universal")], ids=str)
+@pytest.mark.parametrize("form", [to(2, 1, 3), ("--format", "safetensors"), ("--format", "universal"),
+                                  ("--format", "huggingface", "--shard_gb", "1")], ids=str)
 def test_memory_stays_near_the_largest_shard(runs, tmp_path, form):
     """CONVERSION_GB: gigabytes of fp32 weights; their shards are 3/4 of it each."""
     size = float(os.environ.get("CONVERSION_GB", "0.3")) * 1e9

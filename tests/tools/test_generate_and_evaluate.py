@@ -1,50 +1,34 @@
 """The two tools that `make train` ends with, on an exported model that was never trained."""
 
+import importlib
+import io
 import json
-import subprocess
 import sys
-from dataclasses import replace
+from contextlib import redirect_stderr, redirect_stdout
 
 import pytest
-import torch
 
-from model.diffusion_lm import DiffusionLM
-from tests.trainer.launching import ROOT, SMALL, write_corpus
-from trainer.config_load import load
-from trainer.data.prepare import prepare
-from trainer.export import read_model, write_model
+from tests.tools.exported import exported_run
+from tools.command import run
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
-    """A run's folder with nothing but its model."""
-    folder = tmp_path_factory.mktemp("tools")
-    settings = {**SMALL, **write_corpus(folder)}
-    overrides = [f"{key}={value}" for key, value in {**settings, "data.test": settings["data.valid"]}.items()]
-    run = load("tiny", overrides=overrides)
-    vocabulary = prepare(run.data, splits=("train",)).vocabulary
-    run = replace(run, model=replace(run.model, vocab_size=vocabulary.size))
-    model = DiffusionLM(run.model)
-    model.init_weights(0)
-    write_model(folder / "model", run, model.state_dict(), vocabulary.path, {"step": 0})
-    return folder
+    return exported_run(tmp_path_factory.mktemp("tools"))
 
 
 def tool(name: str, *arguments: object, expect: int = 0) -> str:
-    done = subprocess.run([sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, arguments)], text=True,
-                          capture_output=True, cwd="/", timeout=120)
-    assert done.returncode == expect, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
-
-
-def test_an_exported_model_comes_back_as_it_was(run_dir):
-    model, vocabulary, run = read_model(run_dir / "model")
-    other = DiffusionLM(run.model)
-    other.init_weights(0)
-    assert vocabulary.size == run.model.vocab_size and not model.training
-    assert all(torch.equal(one, two) for one, two in
-               zip(model.state_dict().values(), other.state_dict().values(), strict=True))
+    """What a tool prints, started in another folder; it must end with the exit code `expect`."""
+    printed, code = io.StringIO(), 0
+    with redirect_stdout(printed), redirect_stderr(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", [name, *map(str, arguments)])
+        patch.chdir("/")
+        try:
+            run(importlib.import_module(f"tools.{name}").main)
+        except SystemExit as ended:
+            code = ended.code
+    assert code == expect and "Traceback" not in printed.getvalue(), printed.getvalue()
+    return printed.getvalue()
 
 
 def test_generation_resumes_and_its_texts_are_scored(run_dir):
@@ -85,10 +69,15 @@ def test_a_file_of_other_settings_is_not_continued(run_dir):
     (["generate", "{run}", "--input", "/nowhere.jsonl"], 81, "/nowhere.jsonl"),
     (["evaluate", "/nowhere.jsonl"], 81, "cannot be read"),
     (["evaluate", "{broken}"], 81, "broken.jsonl:2"),
+    (["evaluate", "{numbers}"], 81, "numbers.jsonl:1: text, source and reference must be strings"),
+    (["evaluate", "{broken}", "--resamples", "0"], 80, "--resamples: must be at least 1"),
+    (["generate", "{run}", "--output", "{run}"], 80, "--output: {run} cannot be written: Is a directory"),
 ])
 def test_mistakes_are_one_line(run_dir, arguments, expect, message):
     broken = run_dir / "broken.jsonl"
     broken.write_text('{"text": "a", "source": "b", "reference": "c"}\n{"text": "a"}\n')
-    arguments = [part.format(run=run_dir, broken=broken) for part in arguments]
+    numbers = run_dir / "numbers.jsonl"
+    numbers.write_text('{"text": "a", "source": "b", "reference": 7}\n')
+    arguments = [part.format(run=run_dir, broken=broken, numbers=numbers) for part in arguments]
     printed = tool(*arguments, expect=expect)
-    assert message in printed and len(printed.strip().splitlines()) == 1
+    assert message.format(run=run_dir) in printed and len(printed.strip().splitlines()) == 1

@@ -14,13 +14,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from model.packing import generation_batch
 from model.sampling import SamplerSettings, sample
 from tests.model.small import small_config, small_model
 from tests.tools.test_generate_and_evaluate import run_dir, tool  # noqa: F401
 from tests.trainer.launching import ROOT
 from tools.reporting import charts
 from tools.reporting.runs import read_run
-from trainer.data.evaluation import generation_batch
 from trainer.errors import CheckpointError, DataError
 
 HOSTILE = "<script>broken()</script> & \"quotes\" 文書"

@@ -8,9 +8,10 @@ import sacrebleu
 import torch
 
 from model.errors import ConfigError
-from model.sampling import SamplerSettings
+from model.packing import generation_batch
+from model.sampling import SamplerSettings, sample
 from tests.model.small import CANVAS, VOCABULARY, small_config, small_model
-from trainer.generate import GappedText, generate, generate_unconditional, infill
+from trainer.generate import GappedText, generate, infill, no_source
 from trainer.mbr import choose, utilities
 
 CPU = torch.device("cpu")
@@ -53,6 +54,24 @@ def test_candidates_are_the_texts_of_their_own_noise(conditioning):
         assert many["text"] == many["candidates"][choose(many["candidates"])]
 
 
+@pytest.mark.parametrize("conditioning", ["cached", "joint"])
+def test_a_texts_batch_changes_hardly_a_token(conditioning):
+    model = small_model(small_config(conditioning=conditioning))
+    asked = sources(*range(24))
+
+    def tokens(documents_per_batch):
+        found = []
+        for start in range(0, len(asked), documents_per_batch):
+            numbers, ids = zip(*asked[start:start + documents_per_batch], strict=True)
+            batch = generation_batch(ids, canvas_tokens=CANVAS, pad_id=3, samples=numbers)
+            found.append(sample(model, batch, replace(SETTINGS, steps=10)).tokens_CL)
+        return torch.cat(found)
+
+    alone = tokens(1)
+    assert len(alone.unique()) > 20
+    assert all((tokens(size) == alone).float().mean() >= 0.99 for size in (5, 24))
+
+
 def test_gapped_texts_keep_what_is_given():
     model = small_model(small_config(conditioning="joint", infilling=0.5))
     a, b = np.array([4, 5, 6]), np.array([7, 8])
@@ -75,12 +94,13 @@ def test_what_a_model_was_not_trained_for_is_refused():
         list(infill(model, Words(), [GappedText(1, np.empty(0), (2,))], SETTINGS, device=CPU))
     assert error.value.key == "model.diffusion.infilling"
     with pytest.raises(ConfigError) as error:
-        list(generate_unconditional(model, Words(), 2, CANVAS, SETTINGS, device=CPU))
+        no_source(model.config, Words())
     assert error.value.key == "model.diffusion.source_dropout"
 
 
 def test_unconditional_texts_are_those_of_an_empty_source():
     model = small_model(small_config(source_dropout=0.1))
-    free = list(generate_unconditional(model, Words(), 3, CANVAS, SETTINGS, device=CPU))
+    nothing = [(number, no_source(model.config, Words())) for number in range(3)]
+    free = list(generate(model, Words(), nothing, CANVAS, SETTINGS, device=CPU))
     guided = replace(SETTINGS, guidance=0.0)  # all weight on the pass without source
     assert free == list(generate(model, Words(), sources(0, 1, 2), CANVAS, guided, device=CPU))

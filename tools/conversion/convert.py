@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 import torch
 
 from model.errors import ConfigError
 from tools.conversion.configuration import with_vocabulary
-from tools.conversion.files import appearing
+from tools.conversion.files import appearing, write_safetensors
 from tools.conversion.layout import Topology
 from tools.conversion.mapping import from_diffuseq, same
 from tools.conversion.reshard import write_checkpoint
@@ -17,11 +18,13 @@ from tools.conversion.sharded import ShardedCheckpoint
 from tools.conversion.source import AVERAGE, WEIGHTS, Source
 from tools.conversion.universal import TRAINING, UniversalCheckpoint, write_universal
 from tools.conversion.upcycle import upcycled_run, upcycling
-from tools.conversion.weights import ExportedModel, OriginalDiffuSeq, metadata_of, write_weights
+from tools.conversion.weights import ExportedModel, OriginalDiffuSeq, metadata_of, tensors_of, write_shards
+from tools.huggingface.figures import figures_of
+from tools.huggingface.folder import describe_for_huggingface
 from trainer import checkpoint
 from trainer.checkpoint_folder import MANIFEST, by_step
 from trainer.errors import CheckpointError
-from trainer.export import describe_model
+from trainer.export import INDEX, WEIGHTS_FILE, describe_model
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -34,17 +37,21 @@ def open_source(path: Path, embeddings: str = "live") -> Source:
         return ShardedCheckpoint(path)
     if (path / TRAINING).is_file():
         return UniversalCheckpoint(path)
-    if (path / "model.safetensors").is_file():
+    if _is_exported(path):
         return ExportedModel(path)
     if by_step(path):
         found = checkpoint.find(path, None, print)
         if found is None:
             raise CheckpointError(f"{path}: none of its checkpoints is whole")
         return ShardedCheckpoint(found[0])
-    if (path / "model" / "model.safetensors").is_file():
+    if _is_exported(path / "model"):
         return ExportedModel(path / "model")
     raise CheckpointError(f"{path} is no run, checkpoint, universal checkpoint or exported model, nor a .pt file of "
                           "the original DiffuSeq with its training_args.json")
+
+
+def _is_exported(path: Path) -> bool:
+    return (path / WEIGHTS_FILE).is_file() or (path / INDEX).is_file()
 
 
 def convert(args: argparse.Namespace) -> str:
@@ -80,18 +87,26 @@ def _to_weights(room: Path, source: Source, args: argparse.Namespace) -> str:
     run, rules = source.run, same(source.shapes)
     if isinstance(source, OriginalDiffuSeq):
         rules = from_diffuseq(run.model, args.embeddings or "live")
+    dtype = _DTYPES[args.dtype or "fp32"]
     facts = {"step": source.step, "weights": weights}
     if args.format == "safetensors":
-        write_weights(room, source, run, rules, kind, _DTYPES[args.dtype or "fp32"], metadata_of(run, facts))
+        write_safetensors(room, tensors_of(source, run, rules, kind, dtype), metadata_of(run, facts))
         return f"{args.target}: {_size(room)}, {weights} weights of step {source.step}"
     run, vocabulary = with_vocabulary(source, args.vocabulary)
     if args.upcycle is not None:
         run = upcycled_run(run, args.upcycle, args.top_k or 2)
         rules = upcycling(source, run, args.noise or 0.0, args.seed or 0)
     room.mkdir()
-    write_weights(room / "model.safetensors", source, run, rules, kind, _DTYPES[args.dtype or "fp32"], {})
-    describe_model(room, run, vocabulary, facts)
-    return f"{args.target}: {_size(room / 'model.safetensors')}, {weights} weights of step {source.step}"
+    tensors = tensors_of(source, run, rules, kind, dtype)
+    if args.format == "huggingface":
+        write_shards(room, tensors, round((args.shard_gb or 5) * 1e9))
+        measured = args.upcycle is None and (weights == "averaged" or AVERAGE not in source.kinds)
+        figures = figures_of(args.source, source.step) if measured else {}
+        describe_for_huggingface(room, args.target.name, run, vocabulary, tensors, facts, figures)
+    else:
+        write_shards(room, tensors, sys.maxsize)
+        describe_model(room, run, vocabulary, facts)
+    return f"{args.target}: {_size(room)}, {weights} weights of step {source.step}"
 
 
 def _kind(source: Source, args: argparse.Namespace) -> tuple[str, str]:
@@ -107,4 +122,5 @@ def _kind(source: Source, args: argparse.Namespace) -> tuple[str, str]:
 
 
 def _size(path: Path) -> str:
-    return f"{path.stat().st_size / 1e6:,.1f} MB"
+    files = path.glob("*.safetensors") if path.is_dir() else [path]
+    return f"{sum(file.stat().st_size for file in files) / 1e6:,.1f} MB"

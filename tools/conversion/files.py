@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from model.errors import ConfigError
 from trainer.data.files import sync
@@ -20,6 +21,9 @@ from trainer.errors import CheckpointError, storage_failure
 
 _SAFETENSORS = {torch.float32: "F32", torch.float64: "F64", torch.bfloat16: "BF16", torch.float16: "F16",
                 torch.int64: "I64"}
+
+Tensors = dict[str, tuple[torch.dtype, torch.Size, Iterable[Tensor]]]
+"""Name -> type, shape, and consecutive pieces of the flattened tensor, which are read when they are written."""
 
 CHUNK = 1 << 24
 """Elements that are converted to another type at a time."""
@@ -82,21 +86,18 @@ def fill(out_N: Tensor, pieces: Iterable[Tensor]) -> Tensor:
     return out_N
 
 
-def write_safetensors(path: Path, tensors: Iterable[tuple[str, torch.dtype, torch.Size, Iterable[Tensor]]],
-                      metadata: dict[str, str]) -> None:
-    """Writes a safetensors file from (name, type, shape, consecutive pieces of the flattened tensor), reading the
-    pieces one at a time."""
-    tensors = list(tensors)
+def write_safetensors(path: Path, tensors: Tensors, metadata: dict[str, str]) -> None:
+    """Writes a safetensors file, reading the pieces one at a time."""
     header: dict = {"__metadata__": metadata}
     end = 0
-    for name, dtype, shape, _ in tensors:
+    for name, (dtype, shape, _) in tensors.items():
         begin, end = end, end + shape.numel() * dtype.itemsize
         header[name] = {"dtype": _SAFETENSORS[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for name, dtype, shape, pieces in tensors:
+        for name, (dtype, shape, pieces) in tqdm(tensors.items(), desc="writing", unit="tensor", leave=False):
             before = file.tell()
             for piece in pieces:
                 for part in piece.split(CHUNK):

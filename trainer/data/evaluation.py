@@ -1,16 +1,15 @@
-"""Batches for evaluation (one pass, whole documents) and for generation."""
+"""Batches for evaluation: one pass, whole documents."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
 from model.batch import PackedBatch
-from trainer.data.packing import Samples, Segment, pack
+from model.packing import pack
+from trainer.data.packing import Samples
 from trainer.errors import DataError
 
 
@@ -65,33 +64,3 @@ def _batch_starts(tokens_P: np.ndarray, max_tokens: int) -> list[int]:
             held = 0
         held += tokens
     return [*starts, len(tokens_P)]
-
-
-def generation_batch(sources: Sequence[np.ndarray], *, canvas_tokens: int, pad_id: int, candidates: int = 1,
-                     samples: Sequence[int] | None = None, share_sources: bool = True) -> PackedBatch:
-    """For each source, `candidates` canvases of <pad> to be generated; nothing is in the loss.
-
-    sources: ids as `packing.source_segment` or `Samples.source` gives them; empty ones for a model without
-    sources.
-    samples: keys of the randomness, by default 0, 1, ...
-    share_sources: as in `candidates_batch`.
-    """
-    keys = range(len(sources)) if samples is None else samples
-    canvas = np.full(canvas_tokens, pad_id, np.int64)
-    segments = [Segment(source, canvas, 0, key) for source, key in zip(sources, keys, strict=True)]
-    return candidates_batch(segments, candidates=candidates, share_sources=share_sources)
-
-
-def candidates_batch(segments: Sequence[Segment], *, candidates: int = 1, share_sources: bool = True) -> PackedBatch:
-    """Each segment with `candidates` canvases to be generated, copy by copy; nothing is in the loss. Canvases may
-    differ in length.
-
-    share_sources: the candidates share one source (cached conditioning); otherwise each is a document of its own, as
-    joint conditioning needs it. Their randomness is keyed by (sample, draw) either way.
-    """
-    if share_sources:
-        stratum_DR = np.arange(len(segments) * candidates).reshape(len(segments), candidates)
-        return pack(segments, np.zeros(len(segments), np.int64), 1, stratum_DR, stratum_DR.size)
-    repeated = [segment for segment in segments for _ in range(candidates)]
-    batch = candidates_batch(repeated)
-    return replace(batch, draw_C=torch.arange(candidates).repeat(len(segments)))

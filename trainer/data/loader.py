@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from model.batch import PackedBatch
+from model.packing import pack
 from trainer.data.mixture import Mixture, keyed_order
-from trainer.data.packing import Samples, pack
+from trainer.data.packing import Samples
 from trainer.data.rows import RowStream
 from trainer.data.tasks import Task, step_tasks
 

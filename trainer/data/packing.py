@@ -1,34 +1,17 @@
-"""Documents become samples (a source and a canvas for the target), samples become packed batches."""
+"""Documents become samples: a source and a canvas for the target, cut to what a row can hold."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from model.errors import ConfigError
+from model.packing import Segment, counting, source_segment
 from trainer.data.mixture import Part
 from trainer.data.token_cache import TokenCache
 from trainer.errors import DataError
-
-if TYPE_CHECKING:
-    from model.batch import PackedBatch
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One sample's tokens: `source` with <bos> and </s> (or empty), the whole `canvas` of the target, of
-    which the first `loss_tokens` are text and its </s>, and the sample's number in the data set. given: bool,
-    which tokens of the canvas are given instead of noised (infilling); None for none."""
-
-    source: np.ndarray
-    canvas: np.ndarray
-    loss_tokens: int
-    sample: int
-    given: np.ndarray | None = None
 
 
 class Samples:
@@ -66,7 +49,7 @@ class Samples:
         self.targets_cut = int(((lengths_N + 1 > max_target_tokens) & paired_N).sum())
         chunks_N = np.where(paired_N, 1, -(-lengths_N // max_target_tokens))
         self.document_S = np.repeat(np.arange(len(cache)), chunks_N)
-        self.start_S = _counting(chunks_N) * max_target_tokens
+        self.start_S = counting(chunks_N) * max_target_tokens
         self.source_tokens_S = fitting_N[self.document_S]
         text_S = np.minimum(lengths_N[self.document_S] - self.start_S, max_target_tokens)
         self.loss_tokens_S = text_S + (text_S < max_target_tokens)
@@ -128,54 +111,3 @@ class Samples:
                       f"({part.weight:g} x {len(part):,}), {count / sum(tokens):.1%} of its tokens"
                       for part, count in zip(self.parts, tokens, strict=True)]
         return "\n".join(lines)
-
-
-def source_segment(ids: Sequence[int] | np.ndarray, max_tokens: int, bos_id: int, eos_id: int) -> np.ndarray:
-    """<bos>, the first of `ids`, </s>: at most `max_tokens` (0: no limit), int64."""
-    kept = ids[:max_tokens - 2] if max_tokens else ids
-    return np.concatenate([[bos_id], np.asarray(kept, np.int64), [eos_id]])
-
-
-def pack(segments: Sequence[Segment], row_D: np.ndarray, rows: int, stratum_DR: np.ndarray,
-         strata: int) -> PackedBatch:
-    """One stream of all segments (D of them), each with R copies of its canvas behind its source.
-
-    row_D: the row a document lies in, of `rows`. stratum_DR: place of every copy among the `strata` copies of
-    the global batch. Result on the CPU, integers int64.
-    """
-    import torch  # here, so that processes that only prepare documents start in a fraction of the time and memory
-
-    from model.batch import PackedBatch
-
-    documents, draws = stratum_DR.shape
-    source_D = np.array([len(s.source) for s in segments], np.int64)
-    loss_D = np.array([s.loss_tokens for s in segments], np.int64)
-    canvas_D = np.array([len(s.canvas) for s in segments], np.int64)
-    lengths = np.concatenate([source_D[:, None], np.repeat(canvas_D[:, None], draws, 1)], 1).ravel()
-    part_T = np.repeat(np.arange(documents * (draws + 1)), lengths)
-    document_T, slot_T = np.divmod(part_T, draws + 1)
-    offset_T = _counting(lengths)
-    given_T = np.concatenate([part for s in segments for part in (np.zeros(len(s.source), bool), *[
-        np.zeros(len(s.canvas), bool) if s.given is None else s.given] * draws)])
-    is_target_T = (slot_T > 0) & ~given_T
-    draw_T = np.maximum(slot_T - 1, 0)
-    return PackedBatch(
-        tokens_T=torch.from_numpy(np.concatenate([part for s in segments for part in
-                                                  (s.source, *[s.canvas] * draws)])),
-        document_T=torch.from_numpy(document_T),
-        position_T=torch.from_numpy(offset_T + (slot_T > 0) * source_D[document_T]),
-        is_target_T=torch.from_numpy(is_target_T),
-        draw_T=torch.from_numpy(draw_T),
-        in_loss_T=torch.from_numpy(is_target_T & (offset_T < loss_D[document_T])),
-        is_given_T=torch.from_numpy(given_T),
-        row_T=torch.from_numpy(row_D[document_T]),
-        copy_T=torch.from_numpy(document_T * draws + draw_T),
-        sample_C=torch.from_numpy(np.repeat(np.array([s.sample for s in segments], np.int64), draws)),
-        draw_C=torch.from_numpy(np.tile(np.arange(draws), documents)),
-        stratum_C=torch.from_numpy(stratum_DR.ravel()),
-        rows=rows, documents=documents, strata=strata)
-
-
-def _counting(lengths: np.ndarray) -> np.ndarray:
-    """0, 1, ... for each of the lengths in turn."""
-    return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)

@@ -10,7 +10,7 @@ from model.errors import ConfigError
 from trainer.data.config import DataConfig
 from trainer.data.corpus import REPOSITORY, Corpus, find_corpus
 from trainer.data.packing import Samples
-from trainer.data.records import texts
+from trainer.data.records import Reader, texts
 from trainer.data.token_cache import TokenCache, is_token_cache, open_token_cache
 from trainer.data.vocabulary import TRAINING_CHARACTERS, Vocabulary, train_vocabulary
 from trainer.data.workers import local_workers
@@ -45,14 +45,15 @@ class PreparedData:
                        draws=draws, weights={name: part.weight for name, part in config.corpora(split).items()})
 
 
-def prepare(config: DataConfig, *, splits: tuple[str, ...] = SPLITS, progress: bool = False) -> PreparedData:
+def prepare(config: DataConfig, *, splits: tuple[str, ...] = SPLITS, progress: bool = False,
+            reader: Reader | None = None) -> PreparedData:
     """Trains the vocabulary and tokenizes the corpora, or finds both in `config.cache_dir`.
 
     Every rank may call this at once: one works, the others wait. With `progress` on all ranks, the one that
-    works shows a bar. Raises ConfigError and DataError.
+    works shows a bar. reader: in place of the configuration's fields. Raises ConfigError and DataError.
     """
     config.validate()
-    found = {split: find_sources(config, split) for split in splits if config.corpora(split)}
+    found = {split: find_sources(config, split, reader) for split in splits if config.corpora(split)}
     try:
         Path(config.cache_dir).mkdir(parents=True, exist_ok=True)
         vocabulary = open_vocabulary(config, found.get("train"))
@@ -71,13 +72,14 @@ def prepare(config: DataConfig, *, splits: tuple[str, ...] = SPLITS, progress: b
     return PreparedData(config, vocabulary, caches)
 
 
-def find_sources(config: DataConfig, split: str) -> list[Source]:
-    """The corpora of a split, in the order of the configuration. Raises DataError where nothing is there."""
+def find_sources(config: DataConfig, split: str, reader: Reader | None = None) -> list[Source]:
+    """The corpora of a split, in the order of the configuration; reader: in place of its fields. Raises DataError
+    where nothing is there."""
     sources = []
     for name, corpus in config.corpora(split).items():
         key = f"data.{split}.{name}.documents" if isinstance(getattr(config, split), dict) else f"data.{split}"
         folder = _tokenized(corpus.documents, split)
-        sources.append(folder or find_corpus(corpus, split, config.cache_dir, key))
+        sources.append(folder or find_corpus(corpus, split, config.cache_dir, key, reader))
     return sources
 
 

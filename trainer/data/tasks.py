@@ -12,7 +12,8 @@ import numpy as np
 import torch
 
 from model.keyed_random import keyed_generator
-from trainer.data.packing import Samples, Segment
+from model.packing import Segment
+from trainer.data.packing import Samples
 from trainer.randomness import Stream
 
 MOST_GAPS = 3

@@ -13,6 +13,7 @@ from concurrent.futures import Executor, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from itertools import chain, islice
+from multiprocessing.queues import SimpleQueue
 
 from model.errors import ConfigError
 
@@ -22,10 +23,11 @@ _DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 @dataclass(frozen=True)
 class Workers:
-    """`count` processes; without an executor all work is done in this one."""
+    """`count` processes; without an executor all work is done in this one. option: what the user set the count by."""
 
     count: int = 1
     executor: Executor | None = None
+    option: str = "data.workers"
 
     def map(self, function: Callable, items: Iterable) -> Iterator:
         """function(item) of every item, in their order whatever the number of processes, a few items ahead."""
@@ -44,8 +46,8 @@ class Workers:
             while waiting:
                 yield waiting.popleft().result()
         except BrokenProcessPool as error:
-            raise ConfigError("data.workers", f"one of {self.count} processes that tokenize died, most likely for want "
-                              "of memory: give a smaller number") from error
+            raise ConfigError(self.option, f"one of {self.count} processes died, most likely for want of memory: give "
+                              "a smaller number") from error
         finally:
             for future in waiting:
                 future.cancel()
@@ -71,8 +73,26 @@ def local_workers(count: int = 0) -> Iterator[Workers]:
         yield Workers(count, executor)
 
 
+@contextlib.contextmanager
+def fresh_workers(count: int, option: str, begin: Callable, arguments: tuple) -> Iterator[Workers]:
+    """`count` new interpreters, for work with PyTorch, which a fork does not survive. Each calls begin(index,
+    *arguments) first, with an index of its own from 0 on."""
+    spawn = multiprocessing.get_context("spawn")
+    indices = spawn.SimpleQueue()
+    for index in range(count):
+        indices.put(index)
+    with ProcessPoolExecutor(count, mp_context=spawn, initializer=_begin_fresh,
+                             initargs=(os.getpid(), indices, begin, arguments)) as executor:
+        yield Workers(count, executor, option)
+
+
+def _begin_fresh(parent: int, indices: SimpleQueue, begin: Callable, arguments: tuple) -> None:
+    _begin(parent)
+    begin(indices.get(), *arguments)
+
+
 def _begin(parent: int) -> None:
-    """What a forked process does first: signals are for its parent, with which it ends even where that is killed."""
+    """What a process does first: signals are for its parent, with which it ends even where that is killed."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     ctypes.CDLL(None).prctl(_DIE_WITH_PARENT, signal.SIGKILL)

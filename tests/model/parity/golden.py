@@ -15,7 +15,7 @@ from model.config import ModelConfig
 from model.diffuseq_import import import_weights, original_config
 from model.diffusion.discrete import DiscreteProcess, betas
 from model.diffusion_lm import DiffusionLM
-from trainer.data.packing import Segment, pack
+from model.packing import Segment, pack
 
 FOLDER = Path(__file__).parents[2] / "data" / "diffuseq"
 CASES = {case["name"]: case for case in json.loads((FOLDER / "index.json").read_text())["cases"]}

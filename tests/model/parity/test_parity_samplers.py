@@ -14,10 +14,10 @@ from model.diffusion.schedule import NoiseSchedule
 from model.diffusion_lm import DiffusionLM
 from model.errors import ConfigError
 from model.original_samplers import ancestral, ddim, diffuseq_v2_compat, nearest_row
+from model.packing import generation_batch
 from model.sampling import SamplerSettings, sample
 from tests.model.parity.golden import V2, analytic_denoiser, load, network, process
 from tests.model.small import batch_of, small_config, small_model
-from trainer.data.evaluation import generation_batch
 
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 

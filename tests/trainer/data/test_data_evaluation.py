@@ -1,7 +1,8 @@
 import numpy as np
 import pytest
 
-from trainer.data.evaluation import evaluation_batches, evaluation_samples, generation_batch
+from model.packing import generation_batch
+from trainer.data.evaluation import evaluation_batches, evaluation_samples
 from trainer.data.packing import Samples
 from trainer.errors import DataError
 

@@ -3,7 +3,8 @@ import pytest
 import torch
 
 from model.errors import ConfigError
-from trainer.data.packing import Samples, Segment, pack, source_segment
+from model.packing import Segment, pack, source_segment
+from trainer.data.packing import Samples
 from trainer.errors import DataError
 
 BOS, EOS, PAD = 1, 2, 3

@@ -1,0 +1,105 @@
+"""What texts can be generated for, and that they do not depend on how the work is divided."""
+
+import json
+
+import pytest
+import torch
+
+from tests.tools.converting import call
+from tests.tools.exported import exported_run
+from tools import convert_checkpoint, generate
+
+JOINT = {"model__diffusion__conditioning": "joint", "data__draws_per_source": 1, "model__diffusion__infilling": 0.5}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    return {"cached": exported_run(tmp_path_factory.mktemp("cached"), model__diffusion__source_dropout=0.1),
+            "joint": exported_run(tmp_path_factory.mktemp("joint"), **JOINT)}
+
+
+@pytest.fixture
+def tool(monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    yield lambda *arguments, module=generate, **options: call(monkeypatch, capsys, module, *arguments, **options)
+    torch.use_deterministic_algorithms(False)
+    torch.set_num_threads(threads)
+
+
+def read(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize("kind", ["cached", "joint"])
+def test_deterministic_texts_depend_on_the_seed_alone(runs, tool, tmp_path, kind):
+    tool(runs[kind], tmp_path / "folder", "--format", "huggingface", module=convert_checkpoint)
+    more = ["--batch", 3, "--processes", 2] if kind == "cached" else ["--batch", 3]
+    found = []
+    for number, (model, options) in enumerate([(runs[kind], ["--batch", 1]), (runs[kind], more),
+                                               (tmp_path / "folder", ["--batch", 8])]):
+        output = tmp_path / f"{number}.jsonl"
+        tool(model, "--deterministic", "--candidates", 2, "--output", output, *options)
+        found.append(read(output))
+    assert found[0] == found[1] == found[2]
+    assert [record["document"] for record in found[0]] == list(range(6))
+    tool(runs[kind], "--deterministic", "--candidates", 2, "--seed", 1, "--output", tmp_path / "other.jsonl")
+    assert all(one["text"] != other["text"] for one, other in
+               zip(found[0], read(tmp_path / "other.jsonl"), strict=True))
+
+
+def test_documents_may_lack_targets(runs, tool, tmp_path):
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"src": "abc bad"}\n{"src": "dad cafe", "trg": "bed"}\n')
+    tool(runs["cached"], "--input", asked)
+    first, second = read(runs["cached"] / "generations" / "asked.jsonl")
+    assert first["source"] == "abc bad" and "reference" not in first and second["reference"] == "bed"
+    printed = tool(runs["cached"], "--prompt", "abc bad")
+    assert printed == first["text"] + "\n"  # its number is 0 as well
+    asked.write_text('{"trg": "bed"}\n')
+    assert 'needs fields "src" and "trg"' in tool(runs["cached"], "--input", asked, expect=81)
+
+
+def test_gaps_are_filled(runs, tool, tmp_path):
+    gapped = tmp_path / "gapped.jsonl"
+    gapped.write_text('{"src": "abc bad", "trg": "dad <gap:3> cafe"}\n{"src": "", "trg": "<gap:2>bad<gap:4>"}\n')
+    tool(runs["joint"], "--fill", gapped, "--batch", 1)
+    records = read(runs["joint"] / "generations" / "gapped.jsonl")
+    assert [len(record["fills"]) for record in records] == [1, 2]
+    assert records[0]["text"] == f"dad {records[0]['fills'][0]} cafe" and "bad" in records[1]["text"]
+    assert records[0]["gapped"] == "dad <gap:3> cafe" and records[0]["source"] == "abc bad"
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text('{"text": "<gap:5> ends so"}\n')
+    tool(runs["joint"], "--fill", texts)
+    (record,) = read(runs["joint"] / "generations" / "texts.jsonl")
+    assert record["text"] == record["fills"][0] + " ends so" and record["source"] == ""
+    for text, message in (("no gap", "document 0 has no gap to fill"), ("<gap:17>", "a target of 17 tokens"),
+                          ("<gap:15> d", "was trained with 16")):
+        gapped.write_text(json.dumps({"src": "abc", "trg": text}) + "\n")
+        assert message in tool(runs["joint"], "--fill", gapped, "--output", tmp_path / "none.jsonl", expect=81)
+
+
+def test_texts_from_nothing(runs, tool, tmp_path):
+    tool(runs["cached"], "--unconditional", 3)
+    records = read(runs["cached"] / "generations" / "unconditional.jsonl")
+    assert [record["document"] for record in records] == [0, 1, 2] and len({r["text"] for r in records}) == 3
+    tool(runs["joint"], "--unconditional", 1, "--texts_only", "--output", tmp_path / "texts.jsonl")
+    assert read(tmp_path / "texts.jsonl")[0].keys() == {"document", "text", "ended"}
+
+
+@pytest.mark.parametrize("kind, arguments, expect, message", [
+    ("cached", ["--fill", "{file}"], 80, "model.diffusion.infilling: is 0"),
+    ("joint", ["--unconditional", 2], 80, "model.diffusion.source_dropout: is 0"),
+    ("joint", ["--guidance", 2], 80, "sample.guidance: is 2.0"),
+    ("cached", ["--fill", "{file}", "--candidates", 2], 80, "--candidates: does not apply to --fill"),
+    ("cached", ["--batch", 0], 80, "--batch: must be at least 1"),
+    ("joint", ["--fill", "{file}", "--trace"], 80, "--trace: does not apply to --fill"),
+    ("cached", ["--prompt", "a", "--limit", 2], 80, "--limit: only applies"),
+    ("cached", ["--texts_only"], 80, "--texts_only: only applies"),
+    ("cached", ["--split", "test", "--prompt", "a"], 80, "not allowed with"),
+    ("cached", ["--solver", "diffuseq_v2_compat"], 80, "sample.solver: diffuseq_v2_compat"),
+])
+def test_mistakes_are_one_line(runs, tool, tmp_path, kind, arguments, expect, message):
+    (tmp_path / "file.jsonl").write_text('{"src": "a", "trg": "b <gap:2>"}\n')
+    arguments = [str(each).format(file=tmp_path / "file.jsonl") for each in arguments]
+    said = tool(runs[kind], *arguments, "--output", tmp_path / "out.jsonl", expect=expect)
+    assert message in said and len(said.strip().splitlines()) == 1
