@@ -49,6 +49,11 @@ def test_ranks_and_zero_stages_give_the_same_losses(workplace, world, stage):
     assert all((weights[name] - others[name]).abs().max() < 1e-4 for name in weights)
 
 
+DIFFUSEQ = {"model.moe.experts": 1, "model.attention.window": 128, "model.diffusion.self_conditioning": 0.0,
+            "model.diffusion.time_sampling": "loss_second_moment"}
+"""What DiffuSeq has in place of the settings of the workplace."""
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["diffuseq", "moe_diffuseq"])
 def test_the_papers_recipes_train_evaluate_and_generate(workplace, recipe):
@@ -58,7 +63,7 @@ def test_the_papers_recipes_train_evaluate_and_generate(workplace, recipe):
                 "train.sample_every": 6}
     terms = {"mse", "rounding", "cross_entropy"}
     if recipe == "diffuseq":
-        settings |= {"model.moe.experts": 1, "model.attention.window": 128}
+        settings |= DIFFUSEQ
         terms |= {"terminal"}
     finish(start(1, ds_config(folder, micro=1, stage=1), run_dir, settings, "--recipe", recipe))
     train, evaluated = lines(run_dir), lines(run_dir, "eval")
@@ -72,7 +77,7 @@ def test_time_sampling_by_loss_is_the_same_on_ranks_and_after_a_resume(workplace
     """In 4 steps of time, so that the losses decide after a few training steps; with dropout and noised embeddings."""
     folder, settings, _ = workplace
     settings = {**settings, "data.draws_per_source": 1, "train.steps": 20, "train.save_every": 14,
-                "model.moe.experts": 1, "model.attention.window": 128, "model.diffusion.steps": 4}
+                "model.diffusion.steps": 4, **DIFFUSEQ}
     one, two = folder / "losses-1", folder / "losses-2"
     ds = ds_config(folder, micro=2, stage=2)
     finish(start(1, ds, one, settings, "--recipe", "diffuseq"))
