@@ -4,8 +4,8 @@
     python tools/ablate.py benchmarks/grids/switches.toml --minutes 1 --seeds 1 --documents 50      # a quick look
 
 Trains every cell of the grid with every seed in processes of one thread, several at a time; generates with every
-sampler; scores beside trivial systems. Interrupted, the same command goes on. Writes to --out: results.json, NAME.md
-with NAME-*.svg, and the runs' folders. How grids are written: docs/ablations.md.
+sampler; scores beside trivial systems. Interrupted, the same command goes on. Writes NAME.json, NAME.md and NAME-*.svg
+to --out, and the runs' folders, which grids with the same cells may share. How grids are written: docs/ablations.md.
 """
 
 import sys
@@ -26,11 +26,15 @@ from tqdm import tqdm
 from model.errors import ConfigError
 from tools.ablating import documents, page
 from tools.ablating.children import Children
-from tools.ablating.grid import Grid, read_grid
+from tools.ablating.grid import Grid
+from tools.ablating.grid_file import read_grid
 from tools.ablating.jobs import Job, deepspeed_file
 from tools.ablating.results import collect
 from tools.command import run
 from trainer.parser import Parser
+
+_TRAINING = 0.9
+"""Share of a run's time that goes into training, for the progress bar."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -64,7 +68,7 @@ def main() -> None:
     jobs = planned(grid, args.data, out)
     failed = execute(jobs, slots)
     results = collect(grid, jobs, shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]))
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     for folder in filter(None, (out, args.page)):
         written = page.write(results, folder, name)
     print(written.read_text())
@@ -97,9 +101,9 @@ def execute(jobs: Sequence[Job], slots: int) -> int:
 def side_by_side(jobs: Sequence[Job], work: Callable[[Job], None], slots: int, what: str) -> list[Job]:
     """Does the work of every job, and says in one line which failed and why. Returns those."""
     failed = []
-    with ThreadPoolExecutor(slots) as pool, tqdm(total=len(jobs), desc=what, unit="run", mininterval=1.0,
-                                                 bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} "
-                                                            "[{elapsed}<{remaining}]{postfix}") as bar:
+    with ThreadPoolExecutor(slots) as pool, tqdm(
+            total=len(jobs), desc=what, mininterval=1.0 if sys.stderr.isatty() else 30.0,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}") as bar:
         waiting: dict[Future, Job] = {pool.submit(work, job): job for job in jobs}
         try:
             while waiting:
@@ -110,10 +114,9 @@ def side_by_side(jobs: Sequence[Job], work: Callable[[Job], None], slots: int, w
                         failed.append(job)
                         tqdm.write(f"failed: {job.run}: {error}", file=sys.stderr)
                 running = [job for future, job in waiting.items() if future.running()]
-                bar.set_postfix_str("; ".join(str(job.run) for job in running))
-                bar.n = len(jobs) - len(waiting) + (0.9 * sum(job.progress for job in running)
-                                                    if work is Job.execute else 0)
-                bar.refresh()
+                bar.set_postfix_str("; ".join(str(job.run) for job in running), refresh=False)
+                parts = sum(job.progress for job in running) if work is Job.execute else 0
+                bar.update(len(jobs) - len(waiting) + _TRAINING * parts - bar.n)
         except KeyboardInterrupt:
             tqdm.write("interrupted: waiting for the runs to save; the same command goes on", file=sys.stderr)
             for future in waiting:

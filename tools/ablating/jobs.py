@@ -13,13 +13,22 @@ import torch
 
 from model.errors import ConfigError
 from tools.ablating.children import Children
-from tools.ablating.grid import Run, as_overrides
+from tools.ablating.grid import Run, as_overrides, file_name
 from trainer.errors import RunError
 
 CLOCK = "seconds" if torch.cuda.is_available() else "cpu_seconds"
 """What training time is measured in: a CPU that others use as well makes the clock unfair."""
 _SPEED_LOG_EVERY, _SPEED_LINES, _SPEED_SECONDS = 4, 4, 12.0
 _SAVES = 5
+
+
+MEASURES, LEVELS = "measured", "levels.json"
+"""Below a run's folder: what was measured of its model; in it, apart from samplers."""
+
+
+def made_with(settings: dict, documents: int) -> dict:
+    """What texts depend on beside their model; kept with their scores."""
+    return {"settings": settings, "documents": documents}
 
 
 class JobFailed(RunError):
@@ -37,7 +46,7 @@ class Job:
 
     @property
     def cell_folder(self) -> Path:
-        return self.out / "runs" / _file_name(self.run.data_name) / _file_name(self.run.cell.name)
+        return self.out / "runs" / file_name(self.run.data_name) / file_name(self.run.cell.name)
 
     @property
     def folder(self) -> Path:
@@ -68,13 +77,22 @@ class Job:
                         save_every=max(20, steps // _SAVES))
             if not self.finished:
                 raise JobFailed("was stopped before its end; run again to continue")
-        self._start([sys.executable, "tools/ablating/measure.py", str(self.folder)], lambda: False)
+        if not self._measured:
+            self._start([sys.executable, "tools/ablating/measure.py", str(self.folder)], lambda: False)
 
     @property
     def finished(self) -> bool:
         """Whether training has come to its end."""
         path = self.folder / "status.json"
         return path.exists() and json.loads(path.read_text())["status"] == "done" and (self.folder / "model").is_dir()
+
+    @property
+    def _measured(self) -> bool:
+        """Whether all that measure.py writes is there, of the same samplers and documents."""
+        files = {self.folder / MEASURES / f"{each['file']}.json": each["settings"] for each in self.samplers()}
+        return (self.folder / MEASURES / LEVELS).exists() and all(
+            path.exists() and json.loads(path.read_text())["facts"] == made_with(settings, self.run.grid.documents)
+            for path, settings in files.items())
 
     @property
     def progress(self) -> float:
@@ -94,7 +112,7 @@ class Job:
         return max(1, round(60 * grid.minutes * speed))
 
     def samplers(self) -> list[dict]:
-        return [{"name": each.name, "settings": each.settings} for each in self.run.samplers]
+        return [{"file": file_name(each.name), "settings": each.settings} for each in self.run.samplers]
 
     def _describe(self) -> None:
         """Writes job.json; ConfigError where the folder was trained otherwise."""
@@ -160,8 +178,3 @@ def training_seconds(lines: Sequence[dict], clock: str) -> float:
 def _spent(lines: Sequence[dict]) -> tuple[int, float]:
     """Steps and seconds since the first line: what comes before is slower."""
     return lines[-1]["step"] - lines[0]["step"], lines[-1][CLOCK] - lines[0][CLOCK]
-
-
-def _file_name(name: str) -> str:
-    """A name as a folder's: readable, and safe."""
-    return "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in name).strip("-")

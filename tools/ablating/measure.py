@@ -18,6 +18,7 @@ import torch
 from model.allocator import keep_freed_memory
 from model.diffusion_lm import DiffusionLM
 from tools.ablating.documents import Test
+from tools.ablating.jobs import LEVELS, MEASURES, made_with
 from tools.ablating.levels import matched_levels
 from tools.command import run
 from tools.scoring.facts import coverage
@@ -40,16 +41,16 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, vocabulary, config = read_model(folder / "model", device)
     data = prepare(replace(config.data, vocabulary=str(vocabulary.path)), splits=("valid", "test"))
-    measured = folder / "measured"
+    measured = folder / MEASURES
     measured.mkdir(exist_ok=True)
     for sampler in job["samplers"]:
-        path = measured / f"{sampler['name'] or 'default'}.json"
-        facts = {"settings": sampler["settings"], "documents": job["documents"]}
+        path = measured / f"{sampler['file']}.json"
+        facts = made_with(sampler["settings"], job["documents"])
         if not path.exists() or json.loads(path.read_text())["facts"] != facts:
             _write(path, {"facts": facts, **_texts(model, config, data, job, sampler["settings"], device)})
-    if not (measured / "levels.json").exists():
+    if not (measured / LEVELS).exists():
         samples = data.samples("valid", draws=1)
-        _write(measured / "levels.json", matched_levels(model.cpu(), samples, config.eval.documents, seed=0))
+        _write(measured / LEVELS, matched_levels(model.cpu(), samples, config.eval.documents, seed=0))
 
 
 def _texts(model: DiffusionLM, config: RunConfig, data: PreparedData, job: dict, settings: dict,

@@ -13,6 +13,8 @@ from tools.reporting.charts import number
 from tools.scoring.columns import COLUMNS
 
 HEADS = {**COLUMNS, **MEASURED}
+_SIGHTED = "greedy extractive oracle"
+"""A trivial system that sees the reference, and so only bounds others."""
 _USUAL = {"text": ("bleu", "rougeL"), "answers": ("f1", "exact_match"), "labels": ("accuracy",)}
 _DEFAULT = ("slots", "supported", "cross_entropy", "distinct2", "self_bleu", "length_ratio", "empty", "steps",
             "minutes", "seconds_per_text")
@@ -23,6 +25,8 @@ def write(results: dict, folder: Path, name: str) -> Path:
     """Writes NAME.md and NAME-*.svg to the folder; returns the page."""
     folder.mkdir(parents=True, exist_ok=True)
     parts = [f"# {results['title']}\n\n{results['question']}\n\n{_how(results)}"]
+    if len(results["sets"]) > 1:
+        parts.append(overview(results))
     for data in results["sets"]:
         parts.append(f"## {data['name']}\n\n{data['documents']} test documents." if len(results["sets"]) > 1
                      else f"{data['name']}: {data['documents']} test documents.")
@@ -59,6 +63,23 @@ def _levels(data: dict) -> str:
     shares = ", ".join(f"{100 * each:g} %" for each in data["levels"])
     return ("Cross-entropy, token accuracy and embedding error are means over the noise levels at which, by Bayes' "
             f"rule, {shares} of the tokens can be told from their own noisy embedding.")
+
+
+def overview(results: dict) -> str:
+    """The first column of every set's table, side by side, and the best of the trivial systems there."""
+    sets = [data for data in results["sets"] if data["rows"]]
+    heads = [columns(results, data)[0] for data in sets]
+    lines = [["", *(f"{data['name']}: {HEADS[head]}" for data, head in zip(sets, heads, strict=True))],
+             ["---", *["---:"] * len(sets)]]
+    for name in dict.fromkeys(_name(row) for data in sets for row in data["rows"]):
+        found = [next((row for row in data["rows"] if _name(row) == name), None) for data in sets]
+        lines.append([name or "model", *(_spread(head, row["values"][head]) if row else ""
+                                         for row, head in zip(found, heads, strict=True))])
+    best = [max(((values[head], system) for system, values in data["trivial"].items() if system != _SIGHTED))
+            for data, head in zip(sets, heads, strict=True)]
+    lines.append(["*best trivial system*", *(f"{_number(head, value)} ({system})"
+                                             for (value, system), head in zip(best, heads, strict=True))])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def columns(results: dict, data: dict) -> list[str]:

@@ -23,16 +23,14 @@ import numpy as np
 import torch
 
 from tools.ablating.documents import Test
-from tools.ablating.grid import Grid, Sampler
-from tools.ablating.jobs import CLOCK, Job, train_lines, training_seconds
+from tools.ablating.grid import Grid, Sampler, file_name
+from tools.ablating.jobs import CLOCK, LEVELS, MEASURES, Job, train_lines, training_seconds
 from tools.ablating.levels import ACCURACIES, MATCHED
 from tools.ablating.measure import scores
 from tools.reporting.runs import read_run
 from tools.scoring.bootstrap import RESAMPLES, Interval, drawn_sets
 from tools.scoring.overlap import bleu_of
 from trainer.config import describe
-
-_LEVELS = "measured/levels.json"
 
 
 @dataclass(frozen=True)
@@ -65,7 +63,7 @@ def collect(grid: Grid, jobs: Sequence[Job], command: str) -> dict:
 def _common_levels(jobs: Sequence[Job]) -> list[int]:
     """Places in ACCURACIES of the levels that all models which were measured reach; means over others would not
     compare."""
-    found = [json.loads(path.read_text()) for job in jobs if (path := job.folder / _LEVELS).exists()]
+    found = [json.loads(path.read_text()) for job in jobs if (path := job.folder / MEASURES / LEVELS).exists()]
     return [place for place in range(len(ACCURACIES)) if all(each["log_snr"][place] is not None for each in found)]
 
 
@@ -94,8 +92,7 @@ def _rows(grid: Grid, jobs: Sequence[Job], levels: Sequence[int]) -> list[dict]:
 
 
 def _measured(job: Job, sampler: Sampler, at: Sequence[int]) -> _Measured | None:
-    path = job.folder / "measured" / f"{sampler.name or 'default'}.json"
-    levels = job.folder / _LEVELS
+    path, levels = job.folder / MEASURES / f"{file_name(sampler.name)}.json", job.folder / MEASURES / LEVELS
     if not path.exists() or not levels.exists() or sampler not in job.run.samplers:
         return None
     found, at_levels, run = json.loads(path.read_text()), json.loads(levels.read_text()), read_run(job.folder, "")
@@ -103,11 +100,30 @@ def _measured(job: Job, sampler: Sampler, at: Sequence[int]) -> _Measured | None
     matched = {name: fmean(at_levels[name][place] for place in at) for name in MATCHED} if at else {}
     trained = {"minutes": training_seconds(lines, CLOCK) / 60, "steps": run.steps, "parameters": run.parameters,
                "tokens": sum(line["tokens"] for line in lines), "memory_gb": lines[-1]["memory_gb"],
+               **expert_use(lines[-1]),
                "seconds_per_text": found["cpu_seconds_per_text" if CLOCK == "cpu_seconds" else "seconds_per_text"]}
     settings = {key.name: key.default for key in describe(job.run.config())}
     settings |= {f"sample.{name}": value for name, value in found["sample"].items()}
     return _Measured({**found["values"], **matched, **trained}, found["by_document"], np.array(found["bleu_counts"]),
                      settings)
+
+
+def expert_use(line: dict) -> dict[str, float]:
+    """From a run's last line of metrics, means over layers; nothing for a run without experts.
+
+    expert_variation: deviation / mean of the tokens of a layer's experts. position_routing: bits that the tenth of its
+    document in which a token lies tells of the expert that it is sent to (mutual information, tenths counted alike).
+    """
+    if "expert_share_by_position" not in line:
+        return {}
+    share_LBE = np.array(line["expert_share_by_position"])
+    return {"expert_variation": fmean(line["expert_variation_by_layer"]),
+            "position_routing": float((_bits(share_LBE.mean(1)) - _bits(share_LBE).mean(1)).mean())}
+
+
+def _bits(share: np.ndarray) -> np.ndarray:
+    """Entropy over the last dimension."""
+    return -(share * np.log2(np.maximum(share, 1e-12))).sum(-1)
 
 
 def _differences(these: dict[int, _Measured], those: dict[int, _Measured]) -> dict[str, list[float]]:
