@@ -146,7 +146,7 @@ def facts_folder(tmp_path_factory):
 def test_facts_are_grouped_and_looked_up(facts_folder, tmp_path):
     settings = documents.prepare("set", DataSet(form="facts"), facts_folder.parent, 10, tmp_path)
     test = documents.Test.read(tmp_path)
-    assert test.sources == ["name : aromi , food : chinese", "name : cocum", "name : zizzi , near : aromi"]
+    assert test.sources == ["name aromi , food chinese", "name cocum", "name zizzi , near aromi"]
     assert test.references[0] == ["aromi serves chinese food .", "it ' s aromi ."]
     assert test.trivial["nearest training facts' sentence"] == [each[0] for each in test.references]
     assert [json.loads(line)["src"] for line in Path(settings["data.test"]).read_text().splitlines()] == test.sources

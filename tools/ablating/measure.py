@@ -28,7 +28,7 @@ from tools.scoring.systems import score
 from trainer.config import RunConfig
 from trainer.data.prepare import PreparedData, prepare
 from trainer.export import read_model
-from trainer.generate import generate, sampler_settings
+from trainer.generate import generate
 from trainer.metrics import peak_memory_gb
 
 _TOKENS_AT_A_TIME = 4096
@@ -62,7 +62,7 @@ def _texts(model: DiffusionLM, config: RunConfig, data: PreparedData, job: dict,
     at_a_time = max(1, _TOKENS_AT_A_TIME // int(samples.tokens_S.max()))
     began, began_cpu = time.perf_counter(), time.process_time()
     texts = [record["text"] for record in generate(
-        model, data.vocabulary, sources, samples.canvas_tokens, sampler_settings(how), device=device,
+        model, data.vocabulary, sources, samples.canvas_tokens, how.settings(), device=device,
         candidates=how.candidates, documents_per_batch=at_a_time)]
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
     test = Test.read(Path(job["test"]))

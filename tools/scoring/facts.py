@@ -24,7 +24,7 @@ def facts(source: str) -> Facts:
 
 def source_text(pairs: Facts) -> str:
     """The pairs as a model is given them."""
-    return " , ".join(f"{slot} : {value}" for slot, value in pairs)
+    return " , ".join(f"{slot} {value}" for slot, value in pairs)
 
 
 def coverage(outputs: Sequence[str], asked: Sequence[Facts]) -> float:
