@@ -52,6 +52,13 @@ def test_shipped_grids_fit_into_four_hours_of_two_cores(path):
     assert len(runs) * (grid.minutes + 1) / 2 <= 240
 
 
+def test_the_grid_in_the_documentation_is_one(tmp_path):
+    text = (ROOT / "docs" / "ablations.md").read_text()
+    grid = read_grid(write(tmp_path, text.partition("```toml\n")[2].partition("```")[0]))
+    assert [cell.name for cell in grid.cells] == ["plain", "absorbing, absorbing 0.1", "absorbing, absorbing 0.5"]
+    assert next(grid.runs()).config().data.max_source_tokens == 128
+
+
 def test_axes_make_a_cell_or_sampler_of_every_combination(tmp_path):
     grid = read_grid(write(tmp_path, GRID + """
         [[cells]]
