@@ -282,11 +282,18 @@ def test_the_page_of_results_made_by_hand(results, tmp_path):
     text = page.write(results, tmp_path, "trial").read_text()
     assert "| ours, 20 steps | 21.0 ± 1.4 | 1100 ± 141.4 |" in text
     assert "| theirs | 10.0 | 1000 |" in text and "| *copy* | 3.0 |  |" in text
-    assert "| theirs | -11.0 [-12.5, -9.5] | -3.0 [-4.0, +0.5] |" in text
+    assert "| theirs | -11.0 [-12.5, -9.5] | -3.0 [-4.0, +0.5] |" in text and "seed by seed" not in text
     assert "15 %, 30 % of the tokens" in text and "python tools/ablate.py x.toml" in text
     drawing = xml.dom.minidom.parse(str(tmp_path / "trial-e2e-0.svg"))
     titles = [each.firstChild.data for each in drawing.getElementsByTagName("title")]
     assert "ours: 21 at 1.301" in titles and "![BLEU over log10 of sample.steps](trial-e2e-0.svg)" in text
+
+
+def test_leads_are_given_seed_by_seed(results):
+    made, = results["sets"]
+    made["rows"][1] |= {"seeds": [0, 1], "difference_by_seed": {"0": {"bleu": [-10, -11, -9]},
+                                                                "1": {"bleu": [-12, -13, -11]}}}
+    assert page.differences(made).splitlines()[2].endswith("| -10.0 [-11.0, -9.0]; -12.0 [-13.0, -11.0] |")
 
 
 def test_several_sets_are_set_side_by_side(results, tmp_path):

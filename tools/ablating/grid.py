@@ -20,7 +20,7 @@ MEASURED = {"cross_entropy": "cross-entropy", "token_accuracy": "token accuracy"
             "embedding_error": "embedding error",
             "expert_variation": "CV of experts", "position_routing": "bits of position",
             "minutes": "minutes", "steps": "steps", "tokens": "tokens trained", "parameters": "parameters",
-            "memory_gb": "GB", "seconds_per_text": "s a text"}
+            "memory_gb": "GB, training", "generating_gb": "GB, generating", "seconds_per_text": "s a text"}
 """What is measured beside the scores of texts: name -> head of its column."""
 
 

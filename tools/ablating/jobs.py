@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -58,6 +59,7 @@ class Job:
         if path.exists() or not self.run.grid.minutes:
             return
         trial = self.cell_folder / "speed"
+        shutil.rmtree(trial, ignore_errors=True)  # of one that was interrupted
         wanted = min(_SPEED_SECONDS, 0.1 * 60 * self.run.grid.minutes)
 
         def enough() -> bool:
@@ -67,6 +69,7 @@ class Job:
         self._train(trial, 10**6, enough, log_every=_SPEED_LOG_EVERY, save_every=0)
         steps, seconds = _spent(train_lines(trial))
         path.write_text(json.dumps({"steps_per_second": steps / seconds}))
+        shutil.rmtree(trial)
 
     def execute(self) -> None:
         """Trains to the end of the budget, generates and scores."""

@@ -107,12 +107,19 @@ def differences(data: dict) -> str:
              if any(name in row.get("difference", {}) for row in others)]
     if not names:
         return ""
-    lines = [[f"lead over {_name(first)}", *(HEADS[name] for name in names)], ["---", *["---:"] * len(names)]]
+    by_seed = any(len(row["seeds"]) > 1 for row in others)
+    heads = [HEADS[name] for name in names] + [f"{HEADS[names[0]]}, seed by seed"] * by_seed
+    lines = [[f"lead over {_name(first)}", *heads], ["---", *["---:"] * len(heads)]]
     for row in others:
-        found = [row.get("difference", {}).get(name) for name in names]
-        lines.append([_name(row), *("{:+.1f} [{:+.1f}, {:+.1f}]".format(*each) if each else "" for each in found)])
+        cells = [_lead(row.get("difference", {}), name) for name in names]
+        seeds = [_lead(each, names[0]) for each in row.get("difference_by_seed", {}).values()]
+        lines.append([_name(row), *cells, *["; ".join(filter(None, seeds))] * by_seed])
     return ("\n".join(f"| {' | '.join(line)} |" for line in lines)
             + "\n\nIn brackets: 95 % of 1,000 resamplings of the documents, in pairs.")
+
+
+def _lead(found: dict, name: str) -> str:
+    return "{:+.1f} [{:+.1f}, {:+.1f}]".format(*found[name]) if name in found else ""
 
 
 def _drawings(results: dict, data: dict) -> list:

@@ -7,7 +7,8 @@ A set's `levels` are those of `levels.ACCURACIES` that all of its models reach: 
 
 A row is a cell with a sampler: `cell`, `sampler`, `curve`, `settings` (its resolved configuration, dotted keys),
 `seeds`, `values` {name of a column: one value a seed}, and, but for the first row of a set, `difference` {measure:
-[mean, low, high]}: its lead over the first row, documents resampled in pairs, means over the seeds that both have.
+[mean, low, high]}: its lead over the first row, documents resampled in pairs, means over the seeds that both have; and
+`difference_by_seed` {seed: the same of this seed alone}.
 """
 
 from __future__ import annotations
@@ -85,6 +86,7 @@ def _rows(grid: Grid, jobs: Sequence[Job], levels: Sequence[int]) -> list[dict]:
                    "values": {name: [one.values.get(name) for one in each] for name in each[0].values}}
             if first:
                 row["difference"] = _differences(found, first)
+                row["difference_by_seed"] = {seed: _differences({seed: one}, first) for seed, one in found.items()}
             else:
                 first = found
             rows.append(row)
@@ -100,7 +102,7 @@ def _measured(job: Job, sampler: Sampler, at: Sequence[int]) -> _Measured | None
     matched = {name: fmean(at_levels[name][place] for place in at) for name in MATCHED} if at else {}
     trained = {"minutes": training_seconds(lines, CLOCK) / 60, "steps": run.steps, "parameters": run.parameters,
                "tokens": sum(line["tokens"] for line in lines), "memory_gb": lines[-1]["memory_gb"],
-               **expert_use(lines[-1]),
+               "generating_gb": found["memory_gb"], **expert_use(lines[-1]),
                "seconds_per_text": found["cpu_seconds_per_text" if CLOCK == "cpu_seconds" else "seconds_per_text"]}
     settings = {key.name: key.default for key in describe(job.run.config())}
     settings |= {f"sample.{name}": value for name, value in found["sample"].items()}
