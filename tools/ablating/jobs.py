@@ -15,6 +15,7 @@ import torch
 from model.errors import ConfigError
 from tools.ablating.children import Children
 from tools.ablating.grid import Run, as_overrides, file_name
+from tools.ablating.levels import ACCURACIES
 from trainer.errors import RunError
 
 CLOCK = "seconds" if torch.cuda.is_available() else "cpu_seconds"
@@ -30,6 +31,12 @@ MEASURES, LEVELS = "measured", "levels.json"
 def made_with(settings: dict, documents: int) -> dict:
     """What texts depend on beside their model; kept with their scores."""
     return {"settings": settings, "documents": documents}
+
+
+def levels_are_there(folder: Path) -> bool:
+    """Whether a run was judged at the noise levels of ACCURACIES."""
+    path = folder / MEASURES / LEVELS
+    return path.exists() and json.loads(path.read_text()).get("accuracies") == list(ACCURACIES)
 
 
 class JobFailed(RunError):
@@ -93,7 +100,7 @@ class Job:
     def _measured(self) -> bool:
         """Whether all that measure.py writes is there, of the same samplers and documents."""
         files = {self.folder / MEASURES / f"{each['file']}.json": each["settings"] for each in self.samplers()}
-        return (self.folder / MEASURES / LEVELS).exists() and all(
+        return levels_are_there(self.folder) and all(
             path.exists() and json.loads(path.read_text())["facts"] == made_with(settings, self.run.grid.documents)
             for path, settings in files.items())
 

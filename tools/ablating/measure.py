@@ -18,8 +18,8 @@ import torch
 from model.allocator import keep_freed_memory
 from model.diffusion_lm import DiffusionLM
 from tools.ablating.documents import Test
-from tools.ablating.jobs import LEVELS, MEASURES, made_with
-from tools.ablating.levels import matched_levels
+from tools.ablating.jobs import LEVELS, MEASURES, levels_are_there, made_with
+from tools.ablating.levels import ACCURACIES, matched_levels
 from tools.command import run
 from tools.scoring.facts import coverage
 from tools.scoring.overlap import bleu_counts
@@ -48,9 +48,10 @@ def main() -> None:
         facts = made_with(sampler["settings"], job["documents"])
         if not path.exists() or json.loads(path.read_text())["facts"] != facts:
             _write(path, {"facts": facts, **_texts(model, config, data, job, sampler["settings"], device)})
-    if not (measured / LEVELS).exists():
+    if not levels_are_there(folder):
         samples = data.samples("valid", draws=1)
-        _write(measured / LEVELS, matched_levels(model.cpu(), samples, config.eval.documents, seed=0))
+        found = matched_levels(model.cpu(), samples, config.eval.documents, seed=0)
+        _write(measured / LEVELS, {"accuracies": ACCURACIES, **found})
 
 
 def _texts(model: DiffusionLM, config: RunConfig, data: PreparedData, job: dict, settings: dict,

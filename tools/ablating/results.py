@@ -25,7 +25,7 @@ import torch
 
 from tools.ablating.documents import Test
 from tools.ablating.grid import Grid, Sampler, file_name
-from tools.ablating.jobs import CLOCK, LEVELS, MEASURES, Job, train_lines, training_seconds
+from tools.ablating.jobs import CLOCK, LEVELS, MEASURES, Job, levels_are_there, train_lines, training_seconds
 from tools.ablating.levels import ACCURACIES, MATCHED
 from tools.ablating.measure import scores
 from tools.reporting.runs import read_run
@@ -64,7 +64,7 @@ def collect(grid: Grid, jobs: Sequence[Job], command: str) -> dict:
 def _common_levels(jobs: Sequence[Job]) -> list[int]:
     """Places in ACCURACIES of the levels that all models which were measured reach; means over others would not
     compare."""
-    found = [json.loads(path.read_text()) for job in jobs if (path := job.folder / MEASURES / LEVELS).exists()]
+    found = [json.loads((job.folder / MEASURES / LEVELS).read_text()) for job in jobs if levels_are_there(job.folder)]
     return [place for place in range(len(ACCURACIES)) if all(each["log_snr"][place] is not None for each in found)]
 
 
@@ -95,7 +95,7 @@ def _rows(grid: Grid, jobs: Sequence[Job], levels: Sequence[int]) -> list[dict]:
 
 def _measured(job: Job, sampler: Sampler, at: Sequence[int]) -> _Measured | None:
     path, levels = job.folder / MEASURES / f"{file_name(sampler.name)}.json", job.folder / MEASURES / LEVELS
-    if not path.exists() or not levels.exists() or sampler not in job.run.samplers:
+    if not path.exists() or not levels_are_there(job.folder) or sampler not in job.run.samplers:
         return None
     found, at_levels, run = json.loads(path.read_text()), json.loads(levels.read_text()), read_run(job.folder, "")
     lines = train_lines(job.folder)
