@@ -26,6 +26,7 @@ from tqdm import tqdm
 from model.errors import ConfigError
 from tools.ablating import documents, page
 from tools.ablating.children import Children
+from tools.ablating.documents import ROOT
 from tools.ablating.grid import Grid
 from tools.ablating.grid_file import read_grid
 from tools.ablating.jobs import Job, deepspeed_file
@@ -67,7 +68,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs = planned(grid, args.data, out)
     failed = execute(jobs, slots)
-    results = collect(grid, jobs, shlex.join(["python", "tools/ablate.py", *sys.argv[1:]]))
+    results = collect(grid, jobs, command(args))
     (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
     for folder in filter(None, (out, args.page)):
         written = page.write(results, folder, name)
@@ -77,6 +78,17 @@ def main() -> None:
         print(f"error: {failed} of {len(jobs)} runs failed, see above; the same command tries them again",
               file=sys.stderr)
         sys.exit(1)
+
+
+def command(args: argparse.Namespace) -> str:
+    """What repeats the comparison, on any machine."""
+    path = args.grid.absolute()
+    words = ["python", "tools/ablate.py", str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name)]
+    words += ["--data", "DIR"] if args.data else []
+    for option in ("minutes", "tokens", "seeds", "documents"):
+        value = getattr(args, option)
+        words += [] if value is None else [f"--{option}", str(value)]
+    return shlex.join([*words, *(["--sets", *args.sets] if args.sets else [])])
 
 
 def planned(grid: Grid, root: Path | None, out: Path) -> list[Job]:

@@ -43,8 +43,9 @@ def curves(plot: dict, rows: Sequence[dict], heads: dict[str, str]) -> Drawing |
 
 def ranking(measure: str, values: Sequence[tuple[str, float]]) -> Drawing:
     """One measure of all rows as bars."""
-    return Drawing(measure, _alone(measure, charts.bars(measure, [(measure, [(name, value, 0)
-                                                                            for name, value in values])]), []))
+    letters = max(len(name) for name, _ in values)
+    figure = charts.bars(measure, [("", [(name, value, 0) for name, value in values])], letters=letters)
+    return Drawing(measure, _alone(measure, figure, []))
 
 
 def _value(row: dict, name: str) -> float | None:

@@ -104,7 +104,7 @@ def _measured(job: Job, sampler: Sampler, at: Sequence[int]) -> _Measured | None
                "tokens": sum(line["tokens"] for line in lines), "memory_gb": lines[-1]["memory_gb"],
                "generating_gb": found["memory_gb"], **expert_use(lines[-1]),
                "seconds_per_text": found["cpu_seconds_per_text" if CLOCK == "cpu_seconds" else "seconds_per_text"]}
-    settings = {key.name: key.default for key in describe(job.run.config())}
+    settings = {key.name: key.default for key in describe(job.run.config()) if key.name not in job.data}
     settings |= {f"sample.{name}": value for name, value in found["sample"].items()}
     return _Measured({**found["values"], **matched, **trained}, found["by_document"], np.array(found["bleu_counts"]),
                      settings)
