@@ -11,6 +11,7 @@ import torch
 
 from model.errors import ConfigError
 from tests.trainer.launching import ROOT, SMALL, write_corpus
+from tools.ablate import build_parser, command
 from tools.ablating import documents, page
 from tools.ablating.grid import DataSet, Run
 from tools.ablating.grid_file import read_grid
@@ -294,6 +295,12 @@ def test_leads_are_given_seed_by_seed(results):
     made["rows"][1] |= {"seeds": [0, 1], "difference_by_seed": {"0": {"bleu": [-10, -11, -9]},
                                                                 "1": {"bleu": [-12, -13, -11]}}}
     assert page.differences(made).splitlines()[2].endswith("| -10.0 [-11.0, -9.0]; -12.0 [-13.0, -11.0] |")
+
+
+def test_a_page_gives_the_command_that_repeats_it(tmp_path):
+    words = [str(GRIDS[0]), "--data", "/home/me/sets", "--out", "/tmp/x", "--tokens", "20000000", "--sets", "a", "b c"]
+    assert command(build_parser().parse_args(words)) == (
+        f"python tools/ablate.py benchmarks/grids/{GRIDS[0].name} --data DIR --tokens 20000000 --sets a 'b c'")
 
 
 def test_several_sets_are_set_side_by_side(results, tmp_path):

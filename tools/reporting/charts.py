@@ -145,8 +145,8 @@ def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float, int]
         for label, value, colour in group:
             length = 190 * value / longest
             drawing.append(f"<text x={room} y={top + 11} text-anchor=end>{escape(_short(label, letters))}</text>"
-                           f'<rect class="bar c{colour % COLOURS}" x={room + 6} y={top + 1} width={length:.1f} height=12 '
-                           f"rx=2><title>{escape(label)}: {value:.1f}</title></rect>"
+                           f'<rect class="bar c{colour % COLOURS}" x={room + 6} y={top + 1} width={length:.1f} '
+                           f"height=12 rx=2><title>{escape(label)}: {value:.1f}</title></rect>"
                            f"<text x={room + 10 + length:.1f} y={top + 11}>{value:.1f}</text>")
             top += 17
         top += 8
