@@ -315,3 +315,10 @@ def test_several_sets_are_set_side_by_side(results, tmp_path):
     xml.dom.minidom.parse(str(tmp_path / "trial-qa-0.svg"))
 
 
+
+
+def test_a_measure_that_no_row_has_is_left_empty(results, tmp_path):
+    results |= {"columns": ["cross_entropy", "bleu"], "plots": []}
+    results["sets"][0]["levels"] = []
+    text = page.write(results, tmp_path, "trial").read_text()
+    assert "| theirs |  | 10.0 |" in text and "No cross-entropies" in text and "![" not in text

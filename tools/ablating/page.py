@@ -66,14 +66,14 @@ def _levels(data: dict) -> str:
 
 
 def overview(results: dict) -> str:
-    """The first column of every set's table, side by side, and the best of the trivial systems there."""
+    """The usual score of every set's task, side by side, and the best of the trivial systems there."""
     sets = [data for data in results["sets"] if data["rows"]]
-    heads = [columns(results, data)[0] for data in sets]
+    heads = [_USUAL[data["task"]][0] for data in sets]
     lines = [["", *(f"{data['name']}: {HEADS[head]}" for data, head in zip(sets, heads, strict=True))],
              ["---", *["---:"] * len(sets)]]
     for name in dict.fromkeys(_name(row) for data in sets for row in data["rows"]):
         found = [next((row for row in data["rows"] if _name(row) == name), None) for data in sets]
-        lines.append([name or "model", *(_spread(head, row["values"][head]) if row else ""
+        lines.append([name or "model", *(_spread(head, row["values"].get(head, [])) if row else ""
                                          for row, head in zip(found, heads, strict=True))])
     best = [max(((values[head], system) for system, values in data["trivial"].items() if system != _SIGHTED))
             for data, head in zip(sets, heads, strict=True)]
@@ -127,15 +127,12 @@ def _drawings(results: dict, data: dict) -> list:
         drawn = [curves(plot, data["rows"], HEADS) for plot in results["plots"]]
         return [each for each in drawn if each is not None]
     name = columns(results, data)[0]
-    return [ranking(HEADS[name], [(_name(row), _mean(row["values"][name])) for row in data["rows"]])]
+    values = [(_name(row), statistics.fmean(row["values"][name])) for row in data["rows"] if name in row["values"]]
+    return [ranking(HEADS[name], values)] if values else []
 
 
 def _name(row: dict) -> str:
     return ", ".join(filter(None, (row["cell"], row["sampler"])))
-
-
-def _mean(values: Sequence[float]) -> float:
-    return statistics.fmean(values)
 
 
 def _spread(name: str, values: Sequence[float | None]) -> str:
@@ -144,7 +141,7 @@ def _spread(name: str, values: Sequence[float | None]) -> str:
         return ""
     if len(values) == 1:
         return _number(name, values[0])
-    return f"{_number(name, _mean(values))} ± {_number(name, statistics.stdev(values))}"
+    return f"{_number(name, statistics.fmean(values))} ± {_number(name, statistics.stdev(values))}"
 
 
 def _number(name: str, value: float) -> str:
