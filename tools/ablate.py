@@ -114,7 +114,7 @@ def side_by_side(jobs: Sequence[Job], work: Callable[[Job], None], slots: int, w
     """Does the work of every job, and says in one line which failed and why. Returns those."""
     failed = []
     with ThreadPoolExecutor(slots) as pool, tqdm(
-            total=len(jobs), desc=what, mininterval=1.0 if sys.stderr.isatty() else 30.0,
+            total=len(jobs), desc=what, miniters=0, mininterval=1.0 if sys.stderr.isatty() else 30.0,
             bar_format="{desc}: {percentage:3.0f}%|{bar}| {n:.1f}/{total} [{elapsed}<{remaining}]{postfix}") as bar:
         waiting: dict[Future, Job] = {pool.submit(work, job): job for job in jobs}
         try:
