@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 
 import pytest
 
@@ -60,7 +61,7 @@ def test_a_grid_is_interrupted_and_goes_on(place):
     _, said = process.communicate(timeout=SECONDS)
     assert process.returncode == 130 and "the same command goes on" in said and "Traceback" not in said
     assert json.loads((run / "status.json").read_text())["status"] == "preempted"
-    trained = json.loads((run / "job.json").read_text())["trained"]
+    configured = (run / "config" / "run.toml").read_text()
 
     done = subprocess.run(command(place), capture_output=True, text=True, cwd=place, timeout=SECONDS)
     assert done.returncode == 1, done.stderr  # because of the broken cell
@@ -68,19 +69,27 @@ def test_a_grid_is_interrupted_and_goes_on(place):
     assert failed.startswith("failed: made, broken, seed 0: ") and "2 steps in a row were skipped" in failed
     assert "1 of 2 runs failed" in done.stderr and "Traceback" not in done.stderr
     assert "resumed from" in run.with_suffix(".log").read_text()
-    assert json.loads((run / "job.json").read_text())["trained"] == trained
+    assert (run / "config" / "run.toml").read_text() == configured
 
     made, = json.loads((place / "out" / "grid.json").read_text())["sets"]
     assert [(row["cell"], row["settings"]["sample.steps"]) for row in made["rows"]] == [("good", 2), ("good", 3)]
     values = made["rows"][0]["values"]
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert values["steps"] == [lines[-1]["step"]] == [trained["steps"]] and values["documents"] == [6]
+    assert values["steps"] == [lines[-1]["step"]] == [tomllib.loads(configured)["train"]["steps"]]
+    assert values["documents"] == [6]
     assert values["tokens"] == [sum(line["tokens"] for line in lines if line["kind"] == "train")]
     assert 0 < values["minutes"][0] < 1
     assert {"random training target", "copy of the source"} < made["trivial"].keys()
     page = (place / "out" / "grid.md").read_text()
     assert "| good, steps 2 |" in page and done.stdout.startswith(page.splitlines()[0])
     assert (place / "out" / "grid-made-0.svg").is_file()
+
+    model = (run / "model" / "model.safetensors").stat().st_mtime_ns
+    grid = place / "grid.toml"
+    grid.write_text(grid.read_text().replace("optim.eps = 1e-06", "optim.eps = 1e-07"))
+    done = subprocess.run(command(place), capture_output=True, text=True, cwd=place, timeout=SECONDS)
+    assert "was trained with optim.eps = 1e-06 (now 1e-07): choose another folder, or remove" in done.stderr
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == model
 
 
 @pytest.mark.parametrize("arguments, code, message", [

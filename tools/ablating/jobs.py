@@ -16,6 +16,8 @@ from model.errors import ConfigError
 from tools.ablating.children import Children
 from tools.ablating.grid import Run, as_overrides, file_name
 from tools.ablating.levels import ACCURACIES
+from trainer.config import describe
+from trainer.config_load import load
 from trainer.errors import RunError
 
 CLOCK = "seconds" if torch.cuda.is_available() else "cpu_seconds"
@@ -24,6 +26,9 @@ _SPEED_LOG_EVERY, _SPEED_LINES, _SPEED_SECONDS = 4, 4, 12.0
 _SAVES = 5
 
 
+_FREE_TO_CHANGE = ("sample.", "eval.", "train.log_every", "train.save_every", "train.keep_last", "train.eval_every",
+                   "train.sample_every")
+"""Keys (by their beginning) that a trained model does not depend on."""
 MEASURES, LEVELS = "measured", "levels.json"
 """Below a run's folder: what was measured of its model; in it, apart from samplers."""
 
@@ -125,17 +130,19 @@ class Job:
         return [{"file": file_name(each.name), "settings": each.settings} for each in self.run.samplers]
 
     def _describe(self) -> None:
-        """Writes job.json; ConfigError where the folder was trained otherwise."""
-        grid, path = self.run.grid, self.folder / "job.json"
-        trained = {"overrides": self.run.overrides, "preset": self.run.cell.preset or grid.preset,
-                   "recipe": self.run.cell.recipe or grid.recipe, "steps": self.steps}
-        if path.exists() and (before := json.loads(path.read_text())["trained"]) != trained:
-            changed = [key for key in trained if before[key] != trained[key]]
-            raise ConfigError("--out", f"{self.folder} was trained with other {', '.join(changed)}: choose another "
-                              f"folder, or remove {self.cell_folder}")
+        """Writes job.json, which measure.py reads; ConfigError where the folder was trained otherwise."""
+        config = self.folder / "config" / "run.toml"
+        if config.exists():
+            before = {key.name: key.default for key in describe(load(file=config))}
+            now = self.run.config({**self.data, "train.seed": self.run.seed, "train.steps": self.steps})
+            changed = [f"{key.name} = {before[key.name]!r} (now {key.default!r})" for key in describe(now)
+                       if before[key.name] != key.default and not key.name.startswith(_FREE_TO_CHANGE)]
+            if changed:
+                raise ConfigError("--out", f"{self.folder} was trained with {'; '.join(changed[:3])}: choose another "
+                                  f"folder, or remove {self.cell_folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps({
-            "trained": trained, "seed": self.run.seed, "task": self.run.data.task, "documents": grid.documents,
+        (self.folder / "job.json").write_text(json.dumps({
+            "seed": self.run.seed, "task": self.run.data.task, "documents": self.run.grid.documents,
             "samplers": self.samplers(), "test": str(Path(self.data["data.test"]).parent)}, indent=1))
 
     def _train(self, folder: Path, steps: int, enough: Callable[[], bool], log_every: int, save_every: int) -> None:
