@@ -6,6 +6,9 @@
 Trains every cell of the grid with every seed in processes of one thread, several at a time; generates with every
 sampler; scores beside trivial systems. Interrupted, the same command goes on. Writes NAME.json, NAME.md and NAME-*.svg
 to --out, and the runs' folders, which grids with the same cells may share. How grids are written: docs/ablations.md.
+
+Exit codes: 0 all runs are finished; 1 some failed, or a defect of this program; 80 the command line or the grid asks
+for something that cannot work; 81 documents are missing or faulty; 130 interrupted.
 """
 
 import sys
