@@ -20,7 +20,6 @@ import gzip
 import json
 import os
 import random
-import re
 import resource
 import shlex
 import subprocess
@@ -32,36 +31,22 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from sacrebleu.metrics import BLEU
 
 from model.packing import source_segment
+from tools.scoring.facts import Facts, coverage, facts, nearest, source_text, words
+from tools.scoring.overlap import corpus_bleu
 from trainer.export import read_model
 from trainer.generate import generate
 
 ROOT = Path(__file__).resolve().parents[1]
 SPLITS = ("train", "valid", "test")
-COVERED = ("name", "near", "food", "eattype", "area")
 DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}
 
 
-def words(text: str) -> str:
-    """Lower-cased, with punctuation set apart."""
-    return " ".join(re.findall(r"£?\w+|[^\w\s]", text.lower()))
-
-
-def facts(source: str) -> list[tuple[str, str]]:
-    """(slot, value) pairs of `name[Aromi], food[Chinese]`."""
-    return [(slot.strip().lower(), words(value)) for slot, value in re.findall(r"([\w ]+?)\[(.*?)\]", source)]
-
-
-def read(path: Path) -> list[tuple[list[tuple[str, str]], str]]:
+def read(path: Path) -> list[tuple[Facts, str]]:
     """(facts, sentence) of every line."""
     with gzip.open(path, "rt") as file:
         return [(facts(record["src"]), words(record["trg"])) for record in map(json.loads, file)]
-
-
-def source_text(pairs: list[tuple[str, str]]) -> str:
-    return " , ".join(f"{slot} {value}" for slot, value in pairs)
 
 
 def train(folder: Path, run_dir: Path, overrides: list[str]) -> tuple[float, float]:
@@ -79,13 +64,9 @@ def train(folder: Path, run_dir: Path, overrides: list[str]) -> tuple[float, flo
     return time.perf_counter() - began, used.ru_utime + used.ru_stime
 
 
-def score(outputs: list[str], asked: list[list[tuple[str, str]]], references: list[list[str]]) -> dict[str, float]:
-    most = max(map(len, references))
-    streams = [[each[i] if i < len(each) else None for each in references] for i in range(most)]
-    wanted = [[value for slot, value in pairs if slot in COVERED] for pairs in asked]
-    hits = [f" {value} " in f" {output} " for output, values in zip(outputs, wanted, strict=True) for value in values]
-    bleu = BLEU(tokenize="none", force=True).corpus_score(outputs, streams).score
-    return {"BLEU": bleu, "slots": sum(hits) / len(hits), "distinct": len(set(outputs)) / len(outputs)}
+def score(outputs: list[str], asked: list[Facts], references: list[list[str]]) -> dict[str, float]:
+    return {"BLEU": corpus_bleu(outputs, references, tokenize="none"), "slots": coverage(outputs, asked),
+            "distinct": len(set(outputs)) / len(outputs)}
 
 
 def main() -> None:
@@ -116,10 +97,9 @@ def main() -> None:
     outputs = [record["text"] for record in records]
 
     rng = random.Random(0)
-    nearest = [max(data["train"], key=lambda pair: (len(set(pairs) & set(pair[0])), -len(pair[0])))[1]
-               for pairs in asked]
     systems = {"model": outputs, "random training sentence": [rng.choice(data["train"])[1] for _ in asked],
-               "nearest training facts' sentence": nearest, "first reference": [each[0] for each in references]}
+               "nearest training facts' sentence": nearest(asked, data["train"]),
+               "first reference": [each[0] for each in references]}
     print(f"{len(asked)} sets of facts; training took {seconds:.0f} s, {cpu_seconds:.0f} s of CPU time")
     print(f"{'':34}{'BLEU':>7}{'slots':>7}{'distinct':>10}")
     for name, texts in systems.items():

@@ -218,7 +218,8 @@ class TrainingRun:
         line = self.metrics.reduce()
         norm = self.engine.gradient_norm
         line |= {"lr": self.rate, "gradient_norm": norm if math.isfinite(norm) else None, "epoch": info.epoch,
-                 "skipped": self.guard.skipped, "seconds": self.folder.seconds()}
+                 "skipped": self.guard.skipped, "seconds": self.folder.seconds(),
+                 "cpu_seconds": round(time.process_time(), 2)}
         self.log.write("train", self.step, line)
         if self.metrics.layers and (starving := self.starvation.notice(line["expert_tokens"])):
             self.log.write("event", self.step, {"event": "experts starve", "layer_and_expert": starving})

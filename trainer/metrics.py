@@ -114,6 +114,7 @@ class StepMetrics:
             "cross_entropy_by_noise": [round(float(s / n), 5) if n else None
                                        for s, n in zip(sums, number, strict=True)],
             **(self.step_use.summary(expert_use, self.tokens) if self.layers else {}),
+            "tokens": self.tokens,
             "tokens_per_s": self.tokens / seconds,
             "trained_tokens_per_s": self.trained_tokens / seconds,
             "tflops_per_s": float(teraflops) / seconds,

@@ -133,8 +133,10 @@ def panels(title: str, cells: Sequence[tuple[str, Sequence[Series]]], *, y: str,
     return figure(title, f"<div class=panels>{''.join(drawn)}</div>", note, legend(named) if len(named) > 1 else "")
 
 
-def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float, int]]]], *, note: str = "") -> str:
-    """Horizontal bars from 0 in named groups of (name, value, colour)."""
+def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float, int]]]], *, note: str = "",
+         letters: int = 24) -> str:
+    """Horizontal bars from 0 in named groups of (name, value, colour). letters: of a name, before it is cut."""
+    room = round(6.6 * letters)
     longest = max(value for _, group in groups for _, value, _ in group) or 1.0
     drawing, top = [], 0
     for name, group in groups:
@@ -142,13 +144,13 @@ def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float, int]
         top += 20
         for label, value, colour in group:
             length = 190 * value / longest
-            drawing.append(f"<text x=158 y={top + 11} text-anchor=end>{escape(_short(label, 24))}</text>"
-                           f'<rect class="bar c{colour % COLOURS}" x=164 y={top + 1} width={length:.1f} height=12 rx=2>'
-                           f"<title>{escape(label)}: {value:.1f}</title></rect>"
-                           f"<text x={168 + length:.1f} y={top + 11}>{value:.1f}</text>")
+            drawing.append(f"<text x={room} y={top + 11} text-anchor=end>{escape(_short(label, letters))}</text>"
+                           f'<rect class="bar c{colour % COLOURS}" x={room + 6} y={top + 1} width={length:.1f} '
+                           f"height=12 rx=2><title>{escape(label)}: {value:.1f}</title></rect>"
+                           f"<text x={room + 10 + length:.1f} y={top + 11}>{value:.1f}</text>")
             top += 17
         top += 8
-    return figure(title, svg(title, "".join(drawing), _WIDTH, top), note)
+    return figure(title, svg(title, "".join(drawing), room + 242, top), note)
 
 
 def heat_map(title: str, columns: Sequence[float], rows: Sequence[tuple[str, Sequence[float]]],

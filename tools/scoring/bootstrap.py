@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,14 +19,18 @@ class Interval(NamedTuple):
     high: float
 
 
-def means(values_D: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
-    """Mean of each of `resamples` sets of as many documents, drawn with repetition. The same seed and number of
-    documents draw the same sets, so that systems are compared on equal ones."""
-    values_D = np.asarray(values_D, dtype=np.float64)
+def drawn_sets(documents: int, resamples: int = RESAMPLES, seed: int = 0) -> Iterator[np.ndarray]:
+    """`resamples` sets of as many documents, drawn with repetition, in arrays [some, D] of their indices. The same
+    seed and number of documents draw the same sets, so that systems are compared on equal ones."""
     generator = np.random.default_rng(seed)
-    drawn = [values_D[generator.integers(len(values_D), size=(min(_CHUNK, resamples - first), len(values_D)))].mean(1)
-             for first in range(0, resamples, _CHUNK)]
-    return np.concatenate(drawn)
+    for first in range(0, resamples, _CHUNK):
+        yield generator.integers(documents, size=(min(_CHUNK, resamples - first), documents))
+
+
+def means(values_D: Sequence[float], resamples: int = RESAMPLES, seed: int = 0) -> np.ndarray:
+    """Mean of each of the sets of documents."""
+    values_D = np.asarray(values_D, dtype=np.float64)
+    return np.concatenate([values_D[drawn].mean(1) for drawn in drawn_sets(len(values_D), resamples, seed)])
 
 
 def interval(values_D: Sequence[float], resamples: int = RESAMPLES) -> Interval:

@@ -11,6 +11,7 @@ import re
 import statistics
 from collections.abc import Sequence
 
+import numpy as np
 import sacrebleu
 from nltk.stem.porter import PorterStemmer
 from nltk.translate.bleu_score import SmoothingFunction, sentence_bleu
@@ -51,12 +52,28 @@ def rouge(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> dict[s
     return found
 
 
-def corpus_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    """sacrebleu's BLEU (13a tokens, exponential smoothing) of all outputs together. Where documents have unequal
-    numbers of references, the missing ones are empty and match nothing."""
+def corpus_bleu(outputs: Sequence[str], references: Sequence[Sequence[str]], tokenize: str = "13a") -> float:
+    """sacrebleu's BLEU (exponential smoothing) of all outputs together. Where documents have unequal numbers of
+    references, the missing ones are empty and match nothing. tokenize: how words are found, as sacrebleu names it;
+    `none` for texts whose words stand between spaces already."""
     most = max(map(len, references))
     streams = [[each[k] if k < len(each) else None for each in references] for k in range(most)]
-    return sacrebleu.corpus_bleu(list(outputs), streams).score
+    return sacrebleu.corpus_bleu(list(outputs), streams, tokenize=tokenize, force=True).score
+
+
+def bleu_counts(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> np.ndarray:
+    """What `corpus_bleu` adds up, one row a document [D, 10]: matches and n-grams of each order, words of the output
+    and of the reference that is nearest in length. Sums of rows go to `bleu_of`."""
+    judge = sacrebleu.BLEU(effective_order=True)  # of sentences' own scores, which are not used; silences a warning
+    scores = [judge.sentence_score(output, list(alternatives))
+              for output, alternatives in zip(outputs, references, strict=True)]
+    return np.array([[*each.counts, *each.totals, each.sys_len, each.ref_len] for each in scores], dtype=np.int64)
+
+
+def bleu_of(counts: np.ndarray) -> float:
+    """`corpus_bleu` of the documents whose rows of `bleu_counts` were added up to `counts` [10]."""
+    matches, totals, (words, wanted) = counts[:4].tolist(), counts[4:8].tolist(), counts[8:].tolist()
+    return sacrebleu.BLEU.compute_bleu(matches, totals, words, wanted).score
 
 
 def sentence_bleu_mean(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
