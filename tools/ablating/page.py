@@ -150,5 +150,5 @@ def _number(name: str, value: float) -> str:
     if name == "seconds_per_text":
         return f"{value:.2g}"
     if name in ("documents", "empty", "short"):
-        return f"{value:g}"
+        return f"{round(value, 1):g}"
     return f"{value:.{_DECIMALS.get(name, 1)}f}"
