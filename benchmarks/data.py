@@ -137,6 +137,7 @@ def train(folder: Path, steps: int, vocabulary: Path) -> dict:
     from trainer.ds_config import load_ds_config
     from trainer.run_folder import RunFolder, on_first_rank
     from trainer.signals import StopRequest
+    from trainer.watchdog import Watchdog
 
     waits: list[float] = []
     ends: list[float] = []
@@ -169,7 +170,8 @@ def train(folder: Path, steps: int, vocabulary: Path) -> dict:
     place = RunFolder(folder / "run", "none", None)
     on_first_rank(ranks, lambda: place.open(config, ds, {}, lambda text: None))
     with place.kept():
-        loop.TrainingRun(config, ds, place, ranks, StopRequest(0)).train()
+        watchdog = Watchdog(place.path, ranks.rank, ranks.world, minutes=0)
+        loop.TrainingRun(config, ds, place, ranks, StopRequest(0), watchdog).train()
     launch.stop()
     measured = ends[-1] - ends[2]
     return {"step_ms": measured / (len(ends) - 3) * 1e3, "exposed": sum(waits[3:]) / measured,
