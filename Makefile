@@ -1,12 +1,9 @@
 # make train   train, evaluate and generate on the bundled documents (CPU or GPU); run again to resume
 # make test    fast tests          make lint   style
 # make gpu     installs flash-attn and MegaBlocks beside PyTorch, on a CUDA machine
-# make bench-attention, make bench-moe   speed and memory against peers, in one run each
-# make bench-sampling   what cached conditioning saves     make bench-e2e DATA=folder   quality after four minutes
-# make bench-checkpoint                  how long a save of 1 GB holds training up
-# make bench-balance                     training with and without the balance loss
+# make bench   measures what is not measured yet and writes docs/benchmarks.md; PART=step: only that part; AGAIN=1: anew
+# make bench-e2e DATA=folder   quality after four minutes
 # make test-megablocks                   equality with the real MegaBlocks, in Triton's interpreter
-# make bench-data                        tokenizing, memory while streaming, and how long training waits for data
 # Everything is set up on first use; nothing but Python 3.11 or 3.12, make and a C++ compiler is needed beforehand.
 
 PYTHON ?= python3
@@ -19,8 +16,7 @@ BIN := $(VENV)/bin
 
 MEGABLOCKS := $(VENV)/megablocks
 
-.PHONY: train test test-megablocks lint gpu bench-attention bench-moe bench-balance bench-checkpoint \
-	bench-data bench-sampling bench-e2e setup clean
+.PHONY: train test test-megablocks lint gpu bench bench-e2e setup clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.requirements $(VENV)/.requirements-dev
@@ -42,23 +38,8 @@ gpu: $(VENV)/.requirements
 lint: $(VENV)/.requirements-dev
 	$(BIN)/ruff check .
 
-bench-attention: $(VENV)/.requirements-dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/attention.py
-
-bench-moe: $(VENV)/.requirements-dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/moe.py
-
-bench-checkpoint: $(VENV)/.requirements-dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/checkpoint.py
-
-bench-balance: $(VENV)/.requirements
-	$(BIN)/python benchmarks/balance.py
-
-bench-data: $(VENV)/.requirements-dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/data.py
-
-bench-sampling: $(VENV)/.requirements-dev
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/sampling.py
+bench: $(VENV)/.requirements-dev
+	$(BIN)/python benchmarks/run.py $(PART) $(if $(AGAIN),--again)
 
 bench-e2e: $(VENV)/.requirements-dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/e2e.py $(DATA)

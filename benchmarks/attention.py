@@ -1,28 +1,26 @@
 """Composed CPU attention against PyTorch's dense attention and Hugging Face's Longformer, in one run on one thread.
 
-    python benchmarks/attention.py --out attention.json
+    python benchmarks/attention.py
 
 Forward and backward in fp32, W = 256, 8 heads x 64, one document. Times are medians of CPU time, which is wall time
-on an idle machine; candidates take turns, so that a busy machine disturbs all alike. Memory is the peak of what the
+on an idle machine; contenders take turns, so that a busy machine disturbs all alike. Dense attention: the faster of
+masked and unmasked. Longformer: the products of Hugging Face's sliding chunks alone. Memory is the peak of what the
 operation allocates beyond its inputs and masks.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.report import Report, parser
+from benchmarks.timing import Run, peak_mib, take_turns
 from model.allocator import keep_freed_memory
 from model.attention.composed import sparse_attention
 from model.attention.pattern import AttentionPattern, allowed
@@ -31,7 +29,8 @@ from model.batch import TokenLayout
 
 HEADS, HEAD_DIM, WINDOW = 8, 64, 256
 PLAIN, DILATED = (1,) * HEADS, (1, 1, 1, 1, 2, 2, 4, 4)
-Run = Callable[[], None]
+CONTENDERS = ("composed", "dense, masked", "dense", "Longformer")
+GROWTH = (2048, 16384)
 
 
 def one_document(tokens: int, global_prefix: int = 0) -> TokenLayout:
@@ -78,72 +77,50 @@ def longformer(tokens: int) -> Run:
     return forward_backward(attend, (1, tokens, HEADS, HEAD_DIM))
 
 
-def times(runs: dict[str, Run], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each, after one call to warm up."""
-    taken: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
-        for name, run in runs.items():
-            start = time.process_time()
-            run()
-            if repeat:
-                taken[name].append(1e3 * (time.process_time() - start))
-    return {name: statistics.median(values) for name, values in taken.items()}
-
-
-def peak_mib(run: Run) -> float:
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
-    held = peak = 0
-    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
-    for event in sorted(changes, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak / 2**20
-
-
-def compare_lengths(lengths: list[int], dense_limit: int, repeats: int) -> list[dict]:
-    rows = []
-    titles = " ".join(f"{name:>17}" for name in ("composed", "SDPA masked", "SDPA", "Longformer"))
-    print(f"{'tokens':>7} {titles}   of SDPA  of Longformer")
+def compare_lengths(report: Report, lengths: list[int], dense_limit: int, repeats: int) -> None:
+    rows, memory = [], {}
     for tokens in lengths:
-        runs = {"composed": composed(tokens), "longformer": longformer(tokens)}
+        runs = {"composed": composed(tokens), "Longformer": longformer(tokens)}
         if tokens <= dense_limit:
-            runs |= {"sdpa_masked": dense(tokens, True), "sdpa": dense(tokens, False)}
-        ms, mib = times(runs, repeats), {name: peak_mib(run) for name, run in runs.items()}
-        row = {"tokens": tokens, "ms": ms, "peak_mib": mib, "of_longformer": ms["longformer"] / ms["composed"]}
+            runs |= {"dense, masked": dense(tokens, True), "dense": dense(tokens, False)}
+        times, mib = take_turns(runs, repeats), {name: peak_mib(run) for name, run in runs.items()}
         if tokens <= dense_limit:
-            row["of_sdpa"] = min(ms["sdpa_masked"], ms["sdpa"]) / ms["composed"]
-        cells = [f"{ms[name]:8.1f} ms {mib[name]:4.0f} M" if name in ms else f"{'-':>17}"
-                 for name in ("composed", "sdpa_masked", "sdpa", "longformer")]
-        of_sdpa = f"{row['of_sdpa']:8.2f}x" if "of_sdpa" in row else f"{'-':>9}"
-        print(f"{tokens:>7} {' '.join(cells)} {of_sdpa} {row['of_longformer']:12.2f}x", flush=True)
-        rows.append(row)
-    return rows
+            faster = min("dense", "dense, masked", key=lambda name: times.seconds(name).value)
+            report.row(f"of_dense.{tokens}", f"{tokens:,} tokens, against dense attention",
+                       times.ratio(faster, "composed"))
+        report.row(f"of_longformer.{tokens}", f"{tokens:,} tokens, against Longformer",
+                   times.ratio("Longformer", "composed"))
+        rows.append([f"{tokens:,}", *(f"{1e3 * times.seconds(name).value:,.0f} ms, {mib[name]:,.0f} MiB"
+                                      if name in runs else "–" for name in CONTENDERS)])
+        for name in runs:
+            memory.setdefault(name, []).append((tokens, mib[name]))
+    report.table("Time and peak memory", ["tokens", *CONTENDERS], rows)
+    report.plot("attention_memory", "Peak memory of attention, MiB", "tokens", "MiB", memory)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--dense_limit", type=int, default=8192, help="longest length given to dense attention")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="write the figures as JSON")
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
+    options.add_argument("--dense_limit", type=int, default=8192, help="longest length given to dense attention")
+    options.add_argument("--patterns_at", type=int, default=8192, help="length at which patterns are compared")
+    options.add_argument("--repeats", type=int, default=5)
+    arguments = options.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
+    report = Report("attention", __doc__)
 
-    rows = compare_lengths(arguments.lengths, arguments.dense_limit, arguments.repeats)
-    per_token = times({str(n): composed(n) for n in (2048, 16384)}, 2 * arguments.repeats)
-    growth = per_token["16384"] / 16384 / (per_token["2048"] / 2048)
-    print(f"time per token at 16,384 tokens against 2,048: {growth:.3f}")
-    patterns = times({"plain": composed(8192), "dilated": composed(8192, DILATED),
-                      "dilated, 16 globals": composed(8192, DILATED, 16)}, 2 * arguments.repeats)
-    costs = {name: ms / patterns["plain"] for name, ms in patterns.items()}
-    print("at 8,192 tokens, of the plain window:", ", ".join(f"{name} {cost:.2f}" for name, cost in costs.items()))
-    if arguments.out:
-        report = {"torch": torch.__version__, "threads": 1, "window": WINDOW, "heads": HEADS, "head_dim": HEAD_DIM,
-                  "repeats": arguments.repeats, "lengths": rows, "time_per_token_16384_of_2048": growth,
-                  "pattern_cost_of_plain": costs}
-        arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+    compare_lengths(report, arguments.lengths, arguments.dense_limit, arguments.repeats)
+    short, long = GROWTH
+    growth = take_turns({"short": composed(short), "long": composed(long)}, 2 * arguments.repeats)
+    report.row("growth", f"time per token at {long:,} tokens, of that at {short:,}",
+               growth.ratio("long", "short").scaled(short / long))
+    patterns = {"plain": composed(arguments.patterns_at), "dilated": composed(arguments.patterns_at, DILATED),
+                "dilated, 16 global tokens": composed(arguments.patterns_at, DILATED, 16)}
+    times = take_turns(patterns, 2 * arguments.repeats)
+    for index, name in enumerate(list(patterns)[1:]):
+        report.row(f"pattern.{index}", f"{name}, {arguments.patterns_at:,} tokens: time, of the plain window's",
+                   times.ratio(name, "plain"))
+    report.write(arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 """How long a checkpoint of about 1 GB holds training up: written while training waits, and while it goes on.
 
-    python benchmarks/checkpoint.py [--gigabytes 1] [--folder FOLDER]
+    python benchmarks/checkpoint.py
+
+The `tiny` preset with experts wide enough for the size, trained by this process; weights, Adam's moments and the
+average are saved, to a temporary folder unless `--folder` names one. Wall time.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 import time
@@ -14,6 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.report import Report, parser
+from benchmarks.timing import Spread
 from model.diffusion_lm import DiffusionLM
 from trainer import launch
 from trainer.checkpoint import Saver
@@ -61,17 +65,18 @@ def seconds(action) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="size of the state (default: 1)")
-    parser.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--gigabytes", type=float, default=1.0, help="size of the state (default: 1)")
+    options.add_argument("--folder", type=Path, help="where to write (default: a temporary folder)")
+    args = options.parse_args()
+    report = Report("checkpoint", __doc__)
     ranks = launch.start()
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         trained = Trained(1e9 * args.gigabytes, ranks)
         trained.step()  # makes Adam's moments
         saver = Saver(Path(folder), ranks, keep_last=1, keep_every=0)
         steps = iter(range(1, 100))
-        alone = min(seconds(trained.step) for _ in range(3))
+        alone = Spread.of([seconds(trained.step) for _ in range(_SAVES)])
 
         def save(copies: bool) -> tuple[float, float, list[float]]:
             """(seconds until training may go on, until the checkpoint is there, of each step meanwhile)."""
@@ -87,14 +92,16 @@ def main() -> None:
         waiting = [save(copies=False)[0] for _ in range(_SAVES)]
         written = sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file())
         first, *later = [save(copies=True) for _ in range(_SAVES)]
-        waited, stall = sorted(waiting)[_SAVES // 2], sorted(each[0] for each in later)[len(later) // 2]
         meanwhile = [step for each in later for step in each[2]]
-        print(f"state on the disk                       {written / 1e9:8.2f} GB")
-        print(f"training waits, synchronous save        {waited:8.2f} s")
-        print(f"training waits, first save in background{first[0]:8.2f} s   {first[0] / waited:6.1%} of the above")
-        print(f"training waits, later saves             {stall:8.2f} s   {stall / waited:6.1%}")
-        print(f"checkpoint is there after               {later[-1][1]:8.2f} s")
-        print(f"a step, without and with a save         {alone:8.2f} s   {sum(meanwhile) / len(meanwhile):.2f} s")
+        report.row("size", "state on the disk", written / 1e9, "GB")
+        report.row("waits", "training waits, saving at once", Spread.of(waiting), "s")
+        report.row("first", "training waits, first save in the background", first[0], "s")
+        stall, there = (Spread.of([each[index] for each in later]) for index in (0, 1))
+        report.row("later", "training waits, later saves in the background", stall, "s")
+        report.row("there", "until a checkpoint saved in the background is there", there, "s")
+        report.row("step", "a step of training", alone, "s")
+        report.row("step_meanwhile", "a step of training while a checkpoint is written", Spread.of(meanwhile), "s")
+    report.write(args.json)
     launch.stop()
 
 

@@ -1,6 +1,6 @@
 """What the data costs: tokenizing, memory while streaming, and how long training waits for batches.
 
-    python benchmarks/data.py [--megabytes 256] [--workers 0] [--steps 30]
+    python benchmarks/data.py
 
 Three parts, on this machine:
 
@@ -14,7 +14,6 @@ Three parts, on this machine:
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
@@ -29,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 
+from benchmarks.report import Report, parser
 from trainer.config_load import load
 from trainer.data.config import DataConfig
 from trainer.data.corpus import REPOSITORY
@@ -179,23 +179,29 @@ def train(folder: Path, steps: int, vocabulary: Path) -> dict:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=int, default=256, help="size of the synthetic corpus (default: 256)")
-    parser.add_argument("--workers", type=int, default=DataConfig.workers, help="processes (default: one a core)")
-    parser.add_argument("--steps", type=int, default=30, help="steps of training (default: 30)")
-    args = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--megabytes", type=int, default=256, help="size of the synthetic corpus (default: 256)")
+    options.add_argument("--workers", type=int, default=DataConfig.workers, help="processes (default: one a core)")
+    options.add_argument("--steps", type=int, default=30, help="steps of training (default: 30)")
+    args = options.parse_args()
+    report = Report("data", __doc__)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         found = tokenize(folder, args.workers)
-        print(f"tokenizing: {found['documents_per_s']:,.0f} documents/s, {found['tokens_per_s']:,.0f} tokens/s with "
-              f"{args.workers or len(os.sched_getaffinity(0))} processes")
+        report.row("documents", f"tokenizing with {args.workers or len(os.sched_getaffinity(0))} processes",
+                   found["documents_per_s"], "documents/s")
+        report.row("tokens", "the same", found["tokens_per_s"], "tokens/s")
         streamed = stream(folder, args.megabytes, args.workers, found["vocabulary"])
-        print(f"streaming: {streamed['megabytes']} MiB of JSON lines ({streamed['documents']:,} documents) tokenized "
-              f"and iterated in {streamed['seconds']:.0f} s; peak of the process tree {streamed['peak_mib']:.0f} MiB, "
-              f"{streamed['peak_anonymous_mib']:.0f} MiB without mapped files")
+        what = f"streaming {streamed['megabytes']} MiB of JSON lines, {streamed['documents']:,} documents"
+        report.row("streaming", what, streamed["seconds"], "s")
+        report.row("peak", "its peak memory, of all processes", streamed["peak_mib"], "MiB")
+        report.row("peak_anonymous", "its peak memory without mapped files", streamed["peak_anonymous_mib"], "MiB")
         trained = train(folder, args.steps, found["vocabulary"])
-        print(f"training: {trained['step_ms']:.0f} ms a step, of which the loop waits {trained['exposed']:.2%} for the "
-              f"loader, whose thread plans attention for {trained['planning']:.1%}")
+        report.row("step", "a step of training", trained["step_ms"], "ms")
+        report.row("exposed", "share of it in which the loop waits for the loader", 100 * trained["exposed"], "%")
+        report.row("planning", "share of it in which the loader's thread plans attention", 100 * trained["planning"],
+                   "%")
+    report.write(args.json)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Mixture of experts against a dense gated feed-forward of the same active FLOPs, forward and backward; then what
 ranks that share the experts among them send each other.
 
-    python benchmarks/moe.py [--backend cpu] [--repeats 7]
+    python benchmarks/moe.py
 
 On one CPU thread, fp32, in one process, the contenders taking turns so that the machine's mood meets all of
-them. The layer's time includes router, sorting, gathering, and both auxiliary losses. Prints medians of CPU
-time, and the layer's speed as a fraction of the dense one's. The allocator is told to keep freed memory, as
+them. The layer's time includes router, sorting, gathering, and both auxiliary losses. Times are medians of CPU
+time. The allocator is told to keep freed memory, as
 the trainer tells it: otherwise both sides mostly measure page faults.
 
 What is sent is counted in real exchanges between processes of this machine, for one layer, forward and backward, a
@@ -14,11 +14,8 @@ mean over ranks; the least would be sent if a token with several experts on one 
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -27,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 import torch.nn.functional as F
 
+from benchmarks.report import Report, parser
+from benchmarks.timing import take_turns
 from model.allocator import keep_freed_memory
 from model.config import MoEConfig
 from model.moe.backends import choose_backend
@@ -68,7 +67,7 @@ def moe_step(tokens: int, width: int, config: MoEConfig) -> Callable[[], object]
 
 
 def exchange(rank: int, tokens: int, width: int, ffn: int, top_k: int, experts: int, ranks: int, folder: str) -> None:
-    """One rank of one layer with its experts divided; the first prints what was sent."""
+    """One rank of one layer with its experts divided; the first writes down the megabytes sent, and the least."""
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     group = ExpertGroup(ranks, rank)
@@ -84,46 +83,47 @@ def exchange(rank: int, tokens: int, width: int, ffn: int, top_k: int, experts: 
     total = torch.tensor([group.sent_bytes, group.sent_bytes * least / sent]) / ranks / 1e6
     torch.distributed.all_reduce(total)
     if rank == 0:
-        print(f"{tokens:6} {width:5} {ffn:4} {top_k} {experts:7} {ranks:5} {total[0]:9.2f} {total[1]:9.2f}  "
-              f"{total[0] / total[1]:.2f}")
+        torch.save(total, f"{folder}/sent")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def medians(steps: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median CPU milliseconds of each step."""
-    for step in steps:
-        step()
-    times: list[list[float]] = [[] for _ in steps]
-    for _ in range(repeats):
-        for step, own in zip(steps, times, strict=True):
-            start = time.thread_time()
-            step()
-            own.append(1e3 * (time.thread_time() - start))
-    return [statistics.median(own) for own in times]
+def exchanged(case: tuple[int, ...]) -> list[float]:
+    """Megabytes that a rank sends, and the least."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(exchange, (*case, folder), nprocs=case[-1])
+        return torch.load(f"{folder}/sent").tolist()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backend", default="auto")
-    parser.add_argument("--repeats", type=int, default=7)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--backend", default="auto")
+    options.add_argument("--repeats", type=int, default=7)
+    options.add_argument("--most_tokens", type=int, default=4096, help="leave out shapes with more (default: 4096)")
+    arguments = options.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    print("tokens width  ffn k experts backend     dense ms   moe ms  moe/dense speed")
+    report = Report("moe", __doc__)
+    rows = []
     for tokens, width, ffn, top_k, experts in CASES:
-        configs = [MoEConfig(experts=e, top_k=top_k, ffn=ffn, backend=arguments.backend) for e in experts]
+        if tokens > arguments.most_tokens:
+            continue
+        configs = {e: MoEConfig(experts=e, top_k=top_k, ffn=ffn, backend=arguments.backend) for e in experts}
         backend, _ = choose_backend(arguments.backend, "cpu", torch.float32, width, ffn)
-        dense, *ours = medians([dense_step(tokens, width, top_k * ffn),
-                                *(moe_step(tokens, width, config) for config in configs)], arguments.repeats)
-        for config, own in zip(configs, ours, strict=True):
-            print(f"{tokens:6} {width:5} {ffn:4} {top_k} {config.experts:7} {backend:10} {dense:9.1f} {own:8.1f}  "
-                  f"{dense / own:.2f}")
-    print("\ntokens width  ffn k experts ranks   sent MB  least MB  sent/least")
-    for case in EXCHANGES:
-        with tempfile.TemporaryDirectory() as folder:
-            torch.multiprocessing.spawn(exchange, (*case, folder), nprocs=case[-1])
+        times = take_turns({"dense": dense_step(tokens, width, top_k * ffn)}
+                           | {str(e): moe_step(tokens, width, config) for e, config in configs.items()},
+                           arguments.repeats)
+        for e in experts:
+            report.row(f"{tokens}.{width}.{ffn}.{top_k}.{e}", f"{e} experts, top-{top_k}, {tokens:,} tokens, {width} "
+                       f"wide, {ffn} hidden: speed, of the dense one's", times.ratio("dense", str(e)))
+            rows.append([f"{tokens:,}", f"{width}", f"{ffn}", f"{top_k}", f"{e}", backend,
+                         *(f"{1e3 * times.seconds(name).value:.1f} ms" for name in ("dense", str(e)))])
+    report.table("Forward and backward", ["tokens", "width", "ffn", "top-k", "experts", "backend", "dense", "experts'"],
+                 rows)
+    sent = [[*map(str, case), *(f"{megabytes:.2f} MB" for megabytes in exchanged(case))] for case in EXCHANGES]
+    report.table("What a rank sends", ["tokens", "width", "ffn", "top-k", "experts", "ranks", "sent", "least"], sent)
+    report.write(arguments.json)
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
 """What cached conditioning saves: sampling against joint conditioning, and several draws per source against one.
 
-    python benchmarks/sampling.py [--joint_steps 4] [--repeats 1]
+    python benchmarks/sampling.py
 
 On one CPU thread, fp32, in one process: d = 768, a source of 4,096 and a target of 256 tokens, experts, window and
 heads of the `base` preset. Two layers of its twelve, and a vocabulary cut by the same factor, so that the output keeps
 its share. Weights are random. Joint conditioning is timed with the same window, in which a target sees half a window of
 its source, and with attention to everything, in which it sees all of it as in cached conditioning; it repeats one and
-the same step, so fewer of its steps are timed and scaled up. Prints medians of CPU time.
+the same step, so fewer of its steps are timed and scaled up. CPU time.
 """
 
 from __future__ import annotations
 
-import argparse
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.report import Report, parser
+from benchmarks.timing import take_turns
 from model.allocator import keep_freed_memory
 from model.diffusion_lm import DiffusionLM
 from model.packing import Segment, generation_batch, pack
@@ -67,34 +66,30 @@ def training(draws: int) -> Callable[[], object]:
     return step
 
 
-def seconds(run: Callable[[], object], repeats: int) -> float:
-    """Median CPU time."""
-    times = []
-    for _ in range(repeats):
-        began = time.process_time()
-        run()
-        times.append(time.process_time() - began)
-    return statistics.median(times)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--joint_steps", type=int, default=4, help="of joint sampling that are timed")
-    parser.add_argument("--repeats", type=int, default=1)
-    arguments = parser.parse_args()
+    options = parser(__doc__)
+    options.add_argument("--joint_steps", type=int, default=4, help="of joint sampling that are timed (default: 4)")
+    options.add_argument("--repeats", type=int, default=3)
+    arguments = options.parse_args()
     keep_freed_memory()
     torch.set_num_threads(1)
-    sampling("cached", 1)()  # first calls allocate
-    cached = seconds(sampling("cached", STEPS), arguments.repeats)
-    print(f"source {SOURCE}, target {TARGET}, {STEPS} steps, {LAYERS} layers of width 768 (seconds of one thread)")
-    for name, window in (("window 512", 512), ("everything", 2 * (SOURCE + TARGET))):
-        joint = seconds(sampling("joint", arguments.joint_steps, window=window), arguments.repeats)
-        joint *= STEPS / arguments.joint_steps
-        print(f"sampling: joint, {name}: {joint:.1f}; cached {cached:.1f}: {joint / cached:.1f} x", flush=True)
-    step = training(1)
-    step()
-    one, several = seconds(step, arguments.repeats), seconds(training(DRAWS), arguments.repeats)
-    print(f"training step: 1 draw {one:.1f}, {DRAWS} draws {several:.1f}: {several / one:.2f} x")
+    report = Report("sampling", __doc__)
+    steps = {"cached": STEPS, "joint, everything": arguments.joint_steps, "joint, window": arguments.joint_steps}
+    times = take_turns({"cached": sampling("cached", STEPS),
+                        "joint, everything": sampling("joint", arguments.joint_steps, window=2 * (SOURCE + TARGET)),
+                        "joint, window": sampling("joint", arguments.joint_steps)}, arguments.repeats)
+    scale = STEPS / arguments.joint_steps
+    report.row("cached", "generation, against joint conditioning with attention to everything",
+               times.ratio("joint, everything", "cached").scaled(scale))
+    report.row("cached_of_window", "generation, against joint conditioning with the same window",
+               times.ratio("joint, window", "cached").scaled(scale))
+    trained = take_turns({"1": training(1), "8": training(DRAWS)}, arguments.repeats)
+    report.row("draws", f"training step with {DRAWS} noised copies of the target: time, of that with one",
+               trained.ratio("8", "1"))
+    report.table("Seconds of one thread", ["what", "seconds"], [
+        *([f"generation, {name}", times.seconds(name).value * STEPS / count] for name, count in steps.items()),
+        *([f"training step, copies: {name}", trained.seconds(name).value] for name in trained)])
+    report.write(arguments.json)
 
 
 if __name__ == "__main__":

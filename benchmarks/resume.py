@@ -1,0 +1,45 @@
+"""Whether a resumed run is the same bit by bit, and a run that is killed while it saves goes on: the tests of it.
+
+    python benchmarks/resume.py
+
+Training with several ranks is interrupted and resumed, and must end with the very weights of a run that was not. It is
+killed in every phase of a save, and must go on from a whole checkpoint. Every kind of damage to a checkpoint must be
+noticed.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from xml.etree import ElementTree
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.report import ROOT, Report, parser
+
+TESTS = ("tests/trainer/test_run.py::test_interrupted_run_resumes_to_the_same_weights[2]",
+         "tests/trainer/test_checkpoint.py::test_killed_once_in_every_phase_of_a_save",
+         "tests/trainer/test_checkpoint.py::test_every_damage_is_noticed")
+
+
+def main() -> None:
+    options = parser(__doc__)
+    options.add_argument("--tests", nargs="+", default=TESTS, help="pytest's names of them")
+    arguments = options.parse_args()
+    report = Report("resume", __doc__)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tests.xml"
+        subprocess.run([sys.executable, "-m", "pytest", "-q", f"--junitxml={file}", *arguments.tests], cwd=ROOT)
+        cases = ElementTree.parse(file).getroot().findall(".//testcase")
+    if len(cases) < len(arguments.tests):
+        sys.exit(f"pytest ran {len(cases)} tests of {len(arguments.tests)}: see above")
+    verdicts = [(case.get("name").replace("_", " "), "did not pass" if len(case) else "passed") for case in cases]
+    report.table("Tests", ["test", "verdict"], verdicts)
+    report.row("failed", "tests that did not pass", sum(verdict != "passed" for _, verdict in verdicts), "")
+    report.write(arguments.json)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""Contenders measured in turns, so that whatever else the machine does meets all of them alike."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+from torch.profiler import ProfilerActivity, profile
+
+Run = Callable[[], object]
+
+
+class Spread(NamedTuple):
+    """A median with the least and the greatest of what it was taken from."""
+
+    value: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def scaled(self, factor: float) -> Spread:
+        return Spread(*(factor * each for each in self))
+
+
+class Times(dict[str, list[float]]):
+    """Seconds of every contender, turn by turn."""
+
+    def seconds(self, name: str) -> Spread:
+        return Spread.of(self[name])
+
+    def ratio(self, slower: str, faster: str) -> Spread:
+        """How many times as fast the second is, turn by turn."""
+        return Spread.of([slow / fast for slow, fast in zip(self[slower], self[faster], strict=True)])
+
+
+def take_turns(runs: Mapping[str, Run], repeats: int, *, clock: Callable[[], float] = time.process_time) -> Times:
+    """Runs every contender once to warm up, then `repeats` times, one after the other. The clock is CPU time, which is
+    wall time on an idle machine and says more on a busy one."""
+    for run in runs.values():
+        run()
+    times = Times({name: [] for name in runs})
+    for _ in range(repeats):
+        for name, run in runs.items():
+            began = clock()
+            run()
+            times[name].append(clock() - began)
+    return times
+
+
+def peak_mib(run: Run) -> float:
+    """Peak of what a run on the CPU allocates, beyond what is there when it begins."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        run()
+    held = peak = 0
+    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(changes, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
