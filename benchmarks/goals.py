@@ -32,20 +32,20 @@ _LENGTHS = {512: 0.9, 2048: 1.3, 8192: 3.2}
 GOALS = [
     Goal("attention.of_dense.2048", "windowed attention against the faster of masked and unmasked dense attention, "
          "2,048 tokens", 3.2),
-    Goal("attention.of_dense.8192", "the same, 8,192 tokens", 12),
+    Goal("attention.of_dense.8192", "windowed attention against dense attention, 8,192 tokens", 12),
     Goal("attention.of_longformer.2048", "windowed attention against Hugging Face's Longformer, 2,048 tokens", 1.3),
-    Goal("attention.of_longformer.8192", "the same, 8,192 tokens", 3.8),
+    Goal("attention.of_longformer.8192", "windowed attention against Longformer's, 8,192 tokens", 3.8),
     Goal("attention.growth", "attention's time per token at 16,384 tokens, of that at 2,048", 1.1, at_most=True),
-    Goal("moe.4096.512.1024.2.8", "8 experts, top-2, against a dense feed-forward of the same active FLOPs", 0.9),
-    Goal("moe.4096.512.1024.2.32", "32 experts, the same", 0.75),
+    Goal("moe.4096.512.1024.2.8", "speed of 8 experts, top-2, of that of a dense feed-forward of the same active FLOPs", 0.9),
+    Goal("moe.4096.512.1024.2.32", "speed of 32 experts, top-2, of that of a dense feed-forward of the same active FLOPs", 0.75),
     *(Goal(f"step.{recipe}.{length}", f"training step of `{recipe}` against DiffuSeq's network, {length:,} tokens",
            bound) for recipe in ("long_doc", "moe_diffuseq") for length, bound in _LENGTHS.items()),
     *(Goal(f"step.growth.{recipe}.16384", f"training speed of `{recipe}` in documents of 16,384 tokens, of that "
            "in documents of 2,048", 0.9) for recipe in ("long_doc", "moe_diffuseq")),
     Goal("step.memory.16384", "peak memory of a training step that a token adds from 8,192 to 16,384 tokens, of that "
          "from 2,048 to 4,096", 1.1, at_most=True),
-    Goal("sampling.cached", "generation with cached conditioning against joint, source of 4,096 tokens", 8),
-    Goal("sampling.draws", "training step with 8 noised copies of a target, of that with one", 2, at_most=True),
+    Goal("sampling.cached.4096", "generation with cached conditioning against joint, source of 4,096 tokens", 8),
+    Goal("sampling.draws.4096", "training step with 8 noised copies of a target, of that with one", 2, at_most=True),
     Goal("data.exposed", "share of a step in which training waits for its data", 2, "%", at_most=True),
     Goal("balance.variation", "variation of the experts' load in the worst layer, with the balance loss", 0.5, "",
          at_most=True),
@@ -54,9 +54,10 @@ GOALS = [
          "goes on", 0, "", at_most=True),
     Goal("gpu.attention.of_peak", "window of 512, heads of 128, 16,384 tokens, forward: useful FLOP/s, of the measured "
          "matmul peak", 25, "%"),
-    Goal("gpu.attention.of_full", "the same: FLOP/s on the tiles that are computed, of the full kernel's", 85, "%"),
+    Goal("gpu.attention.of_full", "that window: FLOP/s on the tiles that are computed, of full "
+         "flash attention's", 85, "%"),
     Goal("gpu.step.mfu", "training step of the `base` model: useful FLOP/s, of the GPU's peak", 25, "%"),
-    Goal("gpu.step.of_dense", "the same, speed of its twin with a dense feed-forward", 0.75),
+    Goal("gpu.step.of_dense", "training step of the `base` model: speed, of its twin with a dense feed-forward", 0.75),
 ]
 """In the order of the page."""
 

@@ -43,21 +43,22 @@ def initialised(conditioning: str, window: int = 512) -> DiffusionLM:
     return model
 
 
-def source_tokens() -> np.ndarray:
-    return np.concatenate([[1], np.random.default_rng(0).integers(4, 1000, SOURCE - 2), [2]])
+def source_tokens(count: int) -> np.ndarray:
+    return np.concatenate([[1], np.random.default_rng(0).integers(4, 1000, count - 2), [2]])
 
 
-def sampling(conditioning: str, steps: int, **changes: int) -> Callable[[], object]:
+def sampling(conditioning: str, source: int, steps: int, **changes: int) -> Callable[[], object]:
     model = initialised(conditioning, **changes).eval()
-    batch = generation_batch([source_tokens()], canvas_tokens=TARGET, pad_id=3)
+    batch = generation_batch([source_tokens(source)], canvas_tokens=TARGET, pad_id=3)
     return lambda: sample(model, batch, SamplerSettings(steps=steps))
 
 
-def training(draws: int) -> Callable[[], object]:
+def training(source: int, draws: int) -> Callable[[], object]:
     """Plan, forward and backward pass, as in a training step without its update."""
     model = initialised("cached")
     canvas = np.append(np.random.default_rng(1).integers(4, 1000, TARGET - 1), 2)
-    batch = pack([Segment(source_tokens(), canvas, TARGET, 0)], np.zeros(1, np.int64), 1, np.arange(draws)[None], draws)
+    segment = Segment(source_tokens(source), canvas, TARGET, 0)
+    batch = pack([segment], np.zeros(1, np.int64), 1, np.arange(draws)[None], draws)
     draw = training_draw(batch, model.config, seed=0, step=0)
 
     def step() -> None:
@@ -68,6 +69,7 @@ def training(draws: int) -> Callable[[], object]:
 
 def main() -> None:
     options = parser(__doc__)
+    options.add_argument("--source", type=int, default=SOURCE, help=f"tokens of the source (default: {SOURCE})")
     options.add_argument("--joint_steps", type=int, default=4, help="of joint sampling that are timed (default: 4)")
     options.add_argument("--repeats", type=int, default=3)
     arguments = options.parse_args()
@@ -75,16 +77,18 @@ def main() -> None:
     torch.set_num_threads(1)
     report = Report("sampling", __doc__)
     steps = {"cached": STEPS, "joint, everything": arguments.joint_steps, "joint, window": arguments.joint_steps}
-    times = take_turns({"cached": sampling("cached", STEPS),
-                        "joint, everything": sampling("joint", arguments.joint_steps, window=2 * (SOURCE + TARGET)),
-                        "joint, window": sampling("joint", arguments.joint_steps)}, arguments.repeats)
+    source = arguments.source
+    times = take_turns({
+        "cached": sampling("cached", source, STEPS),
+        "joint, everything": sampling("joint", source, arguments.joint_steps, window=2 * (source + TARGET)),
+        "joint, window": sampling("joint", source, arguments.joint_steps)}, arguments.repeats)
     scale = STEPS / arguments.joint_steps
-    report.row("cached", "generation, against joint conditioning with attention to everything",
+    report.row(f"cached.{source}", "generation, against joint conditioning with attention to everything",
                times.ratio("joint, everything", "cached").scaled(scale))
-    report.row("cached_of_window", "generation, against joint conditioning with the same window",
+    report.row(f"cached_of_window.{source}", "generation, against joint conditioning with the same window",
                times.ratio("joint, window", "cached").scaled(scale))
-    trained = take_turns({"1": training(1), "8": training(DRAWS)}, arguments.repeats)
-    report.row("draws", f"training step with {DRAWS} noised copies of the target: time, of that with one",
+    trained = take_turns({"1": training(source, 1), "8": training(source, DRAWS)}, arguments.repeats)
+    report.row(f"draws.{source}", f"training step with {DRAWS} noised copies of the target: time, of that with one",
                trained.ratio("8", "1"))
     report.table("Seconds of one thread", ["what", "seconds"], [
         *([f"generation, {name}", times.seconds(name).value * STEPS / count] for name, count in steps.items()),

@@ -119,8 +119,11 @@ def test_auto_on_a_gpu_passes_over_the_cpu_and_says_so():
 @needs_cuda
 @pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize("gated", [True, False])
-def test_grouped_mm_on_a_gpu(counts, gated):
-    own = run("grouped_mm", counts, gated, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("name", ["grouped_mm", "megablocks"])
+def test_products_on_a_gpu(name, counts, gated):
+    if name == "megablocks":
+        pytest.importorskip("megablocks")
+    own = run(name, counts, gated, torch.bfloat16, "cuda")
     assert relative(own, run("reference", counts, gated, torch.float64)) < 1e-2
 
 
