@@ -13,7 +13,7 @@ from benchmarks.report import ROOT
 SMALL = {
     "attention": ["--lengths", "256", "512", "--dense_limit", "256", "--patterns_at", "512", "--repeats", "1"],
     "moe": ["--most_tokens", "1500", "--repeats", "1"],
-    "step": ["--lengths", "256", "--tokens", "512", "--growth", "128", "1024", "--repeats", "1"],
+    "step": ["--lengths", "256", "--tokens", "512", "--growth", "512", "4096", "--repeats", "1"],
     "sampling": ["--source", "256", "--joint_steps", "1", "--repeats", "1"],
     "data": ["--megabytes", "4", "--workers", "1", "--steps", "5"],
     "checkpoint": ["--gigabytes", "0.02"],
