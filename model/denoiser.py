@@ -20,15 +20,9 @@ from model.attention.pattern import global_tokens, layer_patterns
 from model.attention.plan import AttentionPlan, build_plan
 from model.batch import TokenLayout
 from model.config import ModelConfig
-from model.layers import (
-    ModulatedNorm,
-    NoiseLevelEmbedding,
-    gather_neighbours,
-    neighbour_index,
-    rotary_tables,
-    rotate,
-)
+from model.layers import ModulatedNorm, NoiseLevelEmbedding, gather_neighbours, neighbour_index
 from model.moe.layer import MoEAux, MoELayer
+from model.rotary import rotary_tables, rotated_heads
 
 SourceCache = list[tuple[Tensor, Tensor]]
 """Rotated keys and values [T_source, H, head_dim] of every layer."""
@@ -80,10 +74,8 @@ class Attention(nn.Module):
 
     def project(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values [T, H, head_dim], the first two normalised and rotated."""
-        q, k, v = self.qkv(x_TD).view(-1, 3, self.heads, self.head_dim).unbind(1)
-        q = rotate(nn.functional.rms_norm(q, (self.head_dim,), self.q_gain), *rotary)
-        k = rotate(nn.functional.rms_norm(k, (self.head_dim,), self.k_gain), *rotary)
-        return q, k, v
+        qkv_T3HK = self.qkv(x_TD).view(-1, 3, self.heads, self.head_dim)
+        return rotated_heads(qkv_T3HK, torch.stack((self.q_gain, self.k_gain)), rotary)
 
 
 class Block(nn.Module):

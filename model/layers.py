@@ -1,4 +1,4 @@
-"""The small parts of the denoiser: rotary positions, noise-level embedding, modulation, neighbour gathering."""
+"""The small parts of the denoiser: noise-level embedding, modulation, neighbour gathering, dropout."""
 
 from __future__ import annotations
 
@@ -6,20 +6,6 @@ import math
 
 import torch
 from torch import Tensor, nn
-
-
-def rotary_tables(position_T: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, head_dim / 2] in fp32 of RoPE (Su et al. 2021, arXiv 2104.09864)."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=position_T.device, dtype=torch.float32) / head_dim)
-    angle = position_T[:, None].float() * frequency
-    return angle.cos(), angle.sin()
-
-
-def rotate(x_THK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Applies RoPE to queries or keys, pairing channel i with channel i + head_dim / 2."""
-    a, b = x_THK.chunk(2, dim=-1)
-    cos, sin = cos[:, None].to(x_THK.dtype), sin[:, None].to(x_THK.dtype)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
 
 class NoiseLevelEmbedding(nn.Module):
@@ -53,8 +39,10 @@ class ModulatedNorm(nn.Module):
 
     def forward(self, x_TD: Tensor, condition_CD: Tensor, condition_T: Tensor) -> Tensor:
         """condition_T says which row of condition_CD belongs to each token."""
-        scale, shift = self.modulation(nn.functional.silu(condition_CD)).index_select(0, condition_T).chunk(2, -1)
-        return torch.addcmul(shift, nn.functional.layer_norm(x_TD, (self.width,)), 1 + scale)
+        scale_CD, shift_CD = self.modulation(nn.functional.silu(condition_CD)).chunk(2, -1)
+        # What can be done to the few rows of the table is not done to every token.
+        scale_TD, shift_TD = (table_CD.index_select(0, condition_T) for table_CD in (1 + scale_CD, shift_CD))
+        return torch.addcmul(shift_TD, nn.functional.layer_norm(x_TD, (self.width,)), scale_TD)
 
 
 def neighbour_index(document_T: Tensor, side_T: Tensor, draw_T: Tensor, width: int) -> Tensor:

@@ -9,7 +9,7 @@ from model.config import ModelConfig
 from model.diffusion.process import NoisyTargets
 from model.diffusion_lm import BatchPlan, DiffusionLM, NoiseDraw
 from model.errors import ConfigError
-from model.layers import gather_neighbours, neighbour_index, rotary_tables, rotate
+from model.layers import gather_neighbours, neighbour_index
 from model.sampling import SamplerSettings, sample
 from tests.model.small import batch_of, small_config, small_model
 from trainer.randomness import training_draw
@@ -204,14 +204,6 @@ def test_neighbours_stay_within_their_segment():
     assert near.tolist() == [[7, 0, 1], [0, 1, 7], [7, 2, 7], [7, 3, 4], [3, 4, 7], [7, 5, 6], [5, 6, 7]]
     gathered = gather_neighbours(torch.arange(1.0, 8.0)[:, None], near)
     assert gathered[2].tolist() == [0.0, 3.0, 0.0] and gathered[4].tolist() == [4.0, 5.0, 0.0]
-
-
-def test_rotary_products_depend_on_distance_only():
-    generator = torch.Generator().manual_seed(0)
-    q, k = torch.randn(2, 1, 1, 16, generator=generator, dtype=F64).expand(2, 6, 1, 16)
-    q, k = (rotate(x, *(t.to(F64) for t in rotary_tables(torch.arange(6) + 3, 16, 1e4))) for x in (q, k))
-    products = torch.einsum("ihd,jhd->ij", q, k)
-    torch.testing.assert_close(products[1:, 1:], products[:-1, :-1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("changes, key", [

@@ -1,0 +1,67 @@
+"""Rotary positions, and the way of queries and keys from their projection to attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+def rotary_tables(position_T: Tensor, head_dim: int, base: float) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, head_dim / 2] in fp32 of RoPE (Su et al. 2021, arXiv 2104.09864)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=position_T.device, dtype=torch.float32) / head_dim)
+    angle = position_T[:, None].float() * frequency
+    return angle.cos(), angle.sin()
+
+
+def rotated_heads(qkv_T3HK: Tensor, gain_2K: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values [T, H, K] of a joint projection: the first two normalised (RMSNorm, Zhang & Sennrich
+    2019), times their gains, and rotated by the tables, which pair channel i with channel i + K / 2.
+
+    One operation, written out, because on memory it is gone over a third as often as by its parts, and keeps nothing
+    but the projection for the backward pass.
+    """
+    return _RotatedHeads.apply(qkv_T3HK, gain_2K, *rotary)
+
+
+class _RotatedHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, qkv: Tensor, gain_2K: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        norm_T2H1 = torch.linalg.vector_norm(qkv[:, :2], dim=-1, keepdim=True, dtype=wide)
+        scale_T2H1 = (norm_T2H1.square() / qkv.shape[-1] + torch.finfo(wide).eps).rsqrt()
+        rotated = []
+        for part, gain_K in enumerate(gain_2K):
+            out_THK = torch.empty_like(qkv[:, part], memory_format=torch.contiguous_format)
+            _rotate(qkv[:, part], cos, sin, gain_K, out_THK)
+            rotated.append(out_THK.mul_(scale_T2H1[:, part]))
+        ctx.save_for_backward(qkv, gain_2K, cos, sin, scale_T2H1)
+        return *rotated, qkv[:, 2]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, gain_2K, cos, sin, scale_T2H1 = ctx.saved_tensors
+        head_dim = qkv.shape[-1]
+        dqkv, dgain_2K = torch.empty_like(qkv), torch.empty_like(gain_2K)
+        dqkv[:, 2] = grads[2]
+        for part, gain_K in enumerate(gain_2K):
+            x_THK, scale_TH1 = qkv[:, part], scale_T2H1[:, part]
+            back_THK = torch.empty_like(x_THK, memory_format=torch.contiguous_format)
+            _rotate(grads[part], cos, -sin, torch.ones_like(gain_K), back_THK)
+            # y = g s x with s = (mean(x^2) + eps)^(-1/2): dx = s g dy - x s^3 mean(x g dy), dg = sum(s x dy).
+            product_THK = x_THK * back_THK
+            dgain_2K[part] = product_THK.view(-1, head_dim).T @ scale_TH1.reshape(-1).to(qkv.dtype)
+            pull_TH1 = (product_THK @ gain_K)[..., None] * (scale_TH1**3 / -head_dim)
+            torch.mul(back_THK.mul_(gain_K), scale_TH1, out=dqkv[:, part])
+            dqkv[:, part].addcmul_(x_THK, pull_TH1.to(qkv.dtype))
+        return dqkv, dgain_2K, None, None
+
+
+def _rotate(x_THK: Tensor, cos: Tensor, sin: Tensor, gain_K: Tensor, out_THK: Tensor) -> None:
+    """Writes the rotation of gain * x: each pair (a, b) becomes (a cos - b sin, b cos + a sin)."""
+    half = x_THK.shape[-1] // 2
+    cos_T1K, sin_T1K = ((gain_K * torch.cat((table, table), -1)).to(x_THK.dtype)[:, None] for table in (cos, sin))
+    torch.mul(x_THK, cos_T1K, out=out_THK)
+    out_THK[..., :half].addcmul_(x_THK[..., half:], sin_T1K[..., half:], value=-1)
+    out_THK[..., half:].addcmul_(x_THK[..., :half], sin_T1K[..., :half])
