@@ -9,7 +9,7 @@ from xml.etree import ElementTree
 
 from tools.reporting.charts import number
 
-_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 320, 70, 16, 34, 44
+_WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 560, 320, 70, 26, 34, 44
 _COLOURS = ("#1f6fd0", "#c4501a", "#14866d", "#9b3fb5", "#9a7400", "#c22f5d")
 _STYLE = """text { font: 12px system-ui, sans-serif; fill: #5b6474 } .title { font-weight: 600; fill: #1d2330 }
 .paper { fill: #fff } .grid { stroke: #dfe3ea } .line { fill: none; stroke-width: 2 }"""
