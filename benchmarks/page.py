@@ -30,9 +30,9 @@ it; `x` is how many times as fast. How well the models write is measured elsewhe
 
 
 def write_page(results: Path = RESULTS, page: Path = PAGE) -> None:
-    """Writes the page, and its plots into the folder of the page's name."""
+    """Writes the page, and its plots into a folder beside it."""
     found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
-    plots = page.with_suffix("")
+    plots = page.with_name(f"{page.stem}-plots")
     plots.mkdir(parents=True, exist_ok=True)
     for old in plots.glob("*.svg"):
         old.unlink()

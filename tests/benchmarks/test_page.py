@@ -28,8 +28,9 @@ def written(folder: Path, part: str, rows: list[tuple]) -> None:
 
 def test_page(tmp_path):
     results, made = tmp_path / "results", tmp_path / "docs" / "benchmarks.md"
-    (tmp_path / "docs" / "benchmarks").mkdir(parents=True)
-    (tmp_path / "docs" / "benchmarks" / "old.svg").write_text("from an earlier run")
+    plots = tmp_path / "docs" / "benchmarks-plots"
+    plots.mkdir(parents=True)
+    (plots / "old.svg").write_text("from an earlier run")
     written(results, "attention", [("of_dense.2048", "against dense", Spread(3.0, 2.9, 3.44)), ("other", "more", 7.0)])
     written(results, "step", [("memory.16384", "memory", 1.04)])
     page.write_page(results, made)
@@ -45,8 +46,8 @@ def test_page(tmp_path):
     assert lines.index("## Attention") < lines.index("## Training step")
     assert "How it is done." in text and "python benchmarks/x.py" not in text
     assert machine() in text
-    pictures = re.findall(r"\]\((benchmarks/\w+\.svg)\)", text)
-    assert pictures and {path.name for path in made.parent.glob("benchmarks/*")} == {"growth.svg"}
+    pictures = re.findall(r"\]\((benchmarks-plots/\w+\.svg)\)", text)
+    assert pictures and {path.name for path in plots.iterdir()} == {"growth.svg"}
     ElementTree.parse(made.parent / pictures[0])
 
 
@@ -54,7 +55,7 @@ def test_the_page_in_the_tree_is_what_its_results_give(tmp_path):
     if not page.RESULTS.exists():
         pytest.skip("nothing was measured yet")
     found = {path.stem: json.loads(path.read_text()) for path in page.RESULTS.glob("*.json")}
-    assert page.PAGE.read_text() == page.page_text(found, "benchmarks")
+    assert page.PAGE.read_text() == page.page_text(found, "benchmarks-plots")
 
 
 def test_a_linear_curve_is_straight_and_names_are_kept():
