@@ -42,8 +42,8 @@ from model.flops import training_flops
 from model.moe.backends import BACKENDS
 from model.moe.layer import MoELayer
 from model.moe.router import MoEAux
+from model.packing import Segment, pack
 from trainer.config_load import load
-from trainer.data.packing import Segment, pack
 from trainer.hardware import peak_flops
 from trainer.randomness import training_draw
 

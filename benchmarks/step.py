@@ -35,8 +35,8 @@ from model.batch import PackedBatch
 from model.config import ModelConfig
 from model.diffusion_lm import DiffusionLM
 from model.flops import training_flops
+from model.packing import Segment, pack
 from trainer.config_load import load
-from trainer.data.packing import Segment, pack
 from trainer.randomness import training_draw
 
 RECIPES = ("diffuseq", "moe_diffuseq", "long_doc")
