@@ -22,11 +22,12 @@ PARTS = [part for part in TITLES if part != "gpu"]
 
 
 def is_measured(part: str, file: Path) -> bool:
-    """Whether the file holds figures of today's code from this machine."""
+    """Whether the file holds figures of today's code from this machine, in full."""
     if not file.exists():
         return False
     found = json.loads(file.read_text())
-    return (found["code"], found["machine"]) == (fingerprint(part), machine())
+    return (found["command"], found["code"], found["machine"]) == (
+        f"python benchmarks/{part}.py", fingerprint(part), machine())
 
 
 def main() -> None:

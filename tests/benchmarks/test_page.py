@@ -73,13 +73,15 @@ def test_every_goal_belongs_to_a_part_and_is_stated_once():
     assert all((ROOT / "benchmarks" / f"{part}.py").exists() for part in page.TITLES)
 
 
-def test_measured_again_when_code_or_machine_changed(tmp_path, monkeypatch):
+def test_measured_again_when_sizes_code_or_machine_changed(tmp_path, monkeypatch):
     file = tmp_path / "moe.json"
+    monkeypatch.setattr("sys.argv", ["benchmarks/moe.py"])
     assert not run.is_measured("moe", file)
     written(tmp_path, "moe", [])
     assert run.is_measured("moe", file)
     found = json.loads(file.read_text())
-    for changed in ({"code": fingerprint("attention")}, {"machine": "another"}):
+    for changed in ({"code": fingerprint("attention")}, {"machine": "another"},
+                    {"command": "python benchmarks/moe.py --repeats 1"}):
         file.write_text(json.dumps({**found, **changed}))
         assert not run.is_measured("moe", file)
 
