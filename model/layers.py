@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 
 class NoiseLevelEmbedding(nn.Module):
@@ -40,9 +41,25 @@ class ModulatedNorm(nn.Module):
     def forward(self, x_TD: Tensor, condition_CD: Tensor, condition_T: Tensor) -> Tensor:
         """condition_T says which row of condition_CD belongs to each token."""
         scale_CD, shift_CD = self.modulation(nn.functional.silu(condition_CD)).chunk(2, -1)
-        # What can be done to the few rows of the table is not done to every token.
-        scale_TD, shift_TD = (table_CD.index_select(0, condition_T) for table_CD in (1 + scale_CD, shift_CD))
-        return torch.addcmul(shift_TD, nn.functional.layer_norm(x_TD, (self.width,)), scale_TD)
+        return _Modulate.apply(nn.functional.layer_norm(x_TD, (self.width,)), 1 + scale_CD, shift_CD, condition_T)
+
+
+class _Modulate(torch.autograd.Function):
+    """x_TD * scale_CD[condition_T] + shift_CD[condition_T]. Written out because autograd would keep the scale of every
+    token, and go over memory twice as often."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_TD: Tensor, scale_CD: Tensor, shift_CD: Tensor, condition_T: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, scale_CD, condition_T)
+        return shift_CD.index_select(0, condition_T).addcmul_(x_TD, scale_CD.index_select(0, condition_T))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
+        x_TD, scale_CD, condition_T = ctx.saved_tensors
+        dscale_CD, dshift_CD = (torch.zeros_like(scale_CD).index_add_(0, condition_T, each_TD)
+                                for each_TD in (grad_TD * x_TD, grad_TD))
+        return scale_CD.index_select(0, condition_T).mul_(grad_TD), dscale_CD, dshift_CD, None
 
 
 def neighbour_index(document_T: Tensor, side_T: Tensor, draw_T: Tensor, width: int) -> Tensor:

@@ -74,9 +74,9 @@ def _block_bytes(model: ModelConfig, tokens: float, size: int) -> float:
     """What one block keeps."""
     width, moe = model.width, model.moe
     if model.network == "sparse":
-        # Two norms with their modulations, q, k, v before and after rotation, attention's output, then the experts'
-        # sorted inputs, hidden products and outputs.
-        return tokens * (15 * width + moe.top_k * (2 * width + (2 if moe.gated else 1) * moe.ffn)
+        # Two norms' inputs and outputs before and after modulation, q, k, v as projected, q and k after rotation,
+        # attention's output, then the experts' sorted inputs, hidden products and outputs.
+        return tokens * (13 * width + moe.top_k * (2 * width + (2 if moe.gated else 1) * moe.ffn)
                          + (2 if moe.gated else 1) * moe.shared_ffn) * size
     # q, k, v, attention's output, two norms' inputs and outputs, and the feed-forward before and after its GELU; what
     # was dropped, in a byte each.
