@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
 # Checks the GPU's kernels against exact references, measures them and whole training steps, and renews
 # docs/benchmarks.md: one call, under ten minutes on an H100 or H200, no network. PYTHON=... takes another
-# interpreter than .venv's; arguments go to benchmarks/gpu.py.
+# interpreter than .venv's. `python benchmarks/gpu.py --tiny` tries the same at small sizes and keeps nothing.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-.venv/bin/python}
 status=0
-"$python" benchmarks/gpu.py --json benchmarks/results/gpu.json "$@" || status=$?
+"$python" benchmarks/gpu.py --json benchmarks/results/gpu.json || status=$?
 "$python" -c 'from benchmarks.page import write_page; write_page()'
 exit "$status"
