@@ -37,7 +37,8 @@ def test_ranks_of_one_node_share_its_gpus(cluster, workplace):
 
 def test_preempted_job_saves_and_comes_back(cluster, workplace):
     folder, ds, settings = workplace
-    job = cluster.submit(folder / "preempted", ds, settings, sbatch=TWO)
+    # Steps enough to be still at work when SLURM has come to preempt it.
+    job = cluster.submit(folder / "preempted", ds, {**settings, "train.steps": 200}, sbatch=TWO)
     job.wait_for_step(4)
     cluster.do("exec", "sbatch", "--partition=high", "--nodes=9", "--exclusive", f"--output={folder}/high.out",
                "--wrap=sleep 1")
