@@ -25,7 +25,7 @@ hour on two quiet cores. A part that was measured on this machine with the same 
 checks the kernels and measures them in one call, without a network.
 
 Contenders are measured in turns within one run. A figure is a median, with the least and greatest of its repeats behind
-it; `x` is how many times as fast. How well the models write is measured elsewhere: [evaluation.md](evaluation.md).
+it; `x` is how many times as fast. How well the models write is measured elsewhere: [results](results/README.md).
 """
 
 
