@@ -15,7 +15,7 @@ SECONDS = 240
 OWN = {key: value for key, value in SMALL.items() if not key.startswith("train.")}
 
 
-@pytest.fixture(scope="module", params=["tokens = 24000", pytest.param("minutes = 0.1", marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=["tokens = 96000", pytest.param("minutes = 0.1", marks=pytest.mark.slow)])
 def place(request, tmp_path_factory):
     """A folder with documents and a grid."""
     place = tmp_path_factory.mktemp("ablate")
