@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.goals import GOAL_OF, Goal
 from benchmarks.timing import Spread
+from trainer.hardware import processor
 
 ROOT = Path(__file__).resolve().parents[1]
 _PACKAGES = ("torch", "deepspeed", "transformers", "flash-attn", "megablocks")
@@ -121,14 +122,9 @@ def fingerprint(part: str) -> str:
 
 def machine() -> str:
     """`AMD EPYC 9R14, 2 cores, 31 GiB`, and the GPU if there is one."""
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        named = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-                 if line.startswith("model name")]
-        cpu = named[0] if named else cpu
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB{gpu}"
+    return f"{processor()}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB{gpu}"
 
 
 def _version(package: str) -> str | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -189,9 +189,21 @@ class Engine:
         copies: as copies in host memory, which training on does not change and the next call overwrites; otherwise
         the state itself.
         """
+        if not copies:
+            return self._record(lambda name, state: state, own_storage=True)
+        files = self._record(self._copies.take, own_storage=False)
+        self._copies.finish()
+        return files
+
+    def reserve_copies(self) -> None:
+        """Begins to make the memory for the copies of `state_files`, in the background. A collective. To be called
+        after a first step, which gives the optimizer its state, and before the first copies are taken."""
+        self._copies.reserve(self._record(lambda name, state: state, own_storage=False))
+
+    def _record(self, keep: Callable[[str, object], object], own_storage: bool) -> Files:
         # DeepSpeed names files by their path under a folder that need not exist.
         root = Path("/checkpoint")
-        recording = RecordingEngine(root, self._copies if copies else None)
+        recording = RecordingEngine(root, keep, own_storage)
         engine = self.engine
         held, engine.checkpoint_engine = engine.checkpoint_engine, recording
         engine._copy_recovery_script = lambda save_path: None  # it cannot read experts
@@ -201,8 +213,6 @@ class Engine:
             engine.checkpoint_engine = held
         recording.save({"ema": self.ema, "updates": self.updates, "random": random_states(self.ranks.device)},
                        str(root / rank_file(self.ranks.rank)))
-        if copies:
-            self._copies.finish()
         return recording.files
 
     def load(self, folder: Path) -> None:

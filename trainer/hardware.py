@@ -1,6 +1,10 @@
-"""What the hardware could do at best, where it is known."""
+"""What the hardware is, what it could do at best where that is known, and how it is made to repeat itself."""
 
 from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
 
 import torch
 
@@ -14,3 +18,19 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for model, peak in _DENSE_BF16.items() if model in name), None)
+
+
+def processor() -> str:
+    """The CPU's name, as Linux gives it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    named = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return named[0] if named else platform.processor() or platform.machine()
+
+
+def use_deterministic_kernels() -> None:
+    """From now on only those that give the same bits every time; an operation that has none is an error."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
+    torch.use_deterministic_algorithms(True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 import time
 from dataclasses import replace
@@ -32,7 +31,7 @@ from trainer.expert_use import StarvationWatch, warning
 from trainer.export import load_weights, model_folder, write_model
 from trainer.generate import generate
 from trainer.guard import Guard, Trouble
-from trainer.hardware import peak_flops
+from trainer.hardware import peak_flops, use_deterministic_kernels
 from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
 from trainer.profiling import Profiler, step_range
@@ -51,8 +50,7 @@ class TrainingRun:
                  watchdog: Watchdog):
         self.ds, self.folder, self.ranks, self.stop, self.watchdog = ds, folder, ranks, stop, watchdog
         if run.train.deterministic:
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
-            torch.use_deterministic_algorithms(True)
+            use_deterministic_kernels()
         with stop.at_once():
             self.data = prepare(run.data, splits=("train", "valid"), progress=True)
         watchdog.start()  # not earlier: ranks may wait long for the one that prepares
@@ -89,7 +87,7 @@ class TrainingRun:
             stop.watch_folder(folder.path)
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
         self.saving = Saving(folder.path, Saver(folder.path, ranks, run.train.keep_last, run.train.keep_every),
-                             self.engine.state_files, run.train.async_save, self.step, self.log, self.say, watchdog)
+                             self.engine, run.train.async_save, self.step, self.log, self.say, watchdog)
         moe_layers = run.model.layers if run.model.network == "sparse" else 0
         self.metrics = StepMetrics(self.model.schedule, moe_layers, run.model.moe.experts, ranks.device,
                                    peak_flops(ranks.device, self.engine.dtype), self.expert_group)
@@ -116,7 +114,7 @@ class TrainingRun:
                     self._interludes(bar)
                     if (save or self._due(run.save_every)) and self.step < last and not self.stopping:
                         self.saving.begin(self.step, self._facts())
-                    self.saving.note()
+                    self.saving.after_step()
                 if self.guard.in_a_row >= run.max_skipped:
                     self._give_up()
         self.saving.settle(self.step, self._facts())

@@ -7,21 +7,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.checkpoint import SaveOutcome, Saver
+from trainer.engine import Engine
 from trainer.errors import CheckpointError
 from trainer.metrics import MetricsLog
-from trainer.snapshot import Files
 from trainer.watchdog import Watchdog
 
 
 class Saving:
-    """The saves of one run. All methods but `note` are collectives.
+    """The saves of one run. All methods are collectives. saved_at: the step of the newest checkpoint."""
 
-    state: this rank's files, as copies if its argument is true. saved_at: the step of the newest checkpoint.
-    """
-
-    def __init__(self, run_dir: Path, saver: Saver, state: Callable[[bool], Files], in_background: bool, saved_at: int,
+    def __init__(self, run_dir: Path, saver: Saver, engine: Engine, in_background: bool, saved_at: int,
                  log: MetricsLog, say: Callable[[str], None], watchdog: Watchdog):
-        self._run_dir, self._saver, self._state, self._in_background = run_dir, saver, state, in_background
+        self._run_dir, self._saver, self._engine, self._in_background = run_dir, saver, engine, in_background
+        self._may_reserve = in_background
         self._log, self._say, self._watchdog = log, say, watchdog
         self._saved_at = saved_at
         self._problem: str | None = None
@@ -31,14 +29,18 @@ class Saving:
         began = time.perf_counter()
         self._watchdog.beat("save", step)
         self._wait()
-        self._saver.start(step, facts, self._state(self._in_background))
+        self._may_reserve = False  # the copies are in use from here on
+        self._saver.start(step, facts, self._engine.state_files(copies=self._in_background))
         if not self._in_background:
             self._wait()
         stall = time.perf_counter() - began
         self._log.write("event", step, {"event": "saving", "stall_seconds": round(stall, 3)})
 
-    def note(self) -> None:
-        """Tells the user of a save that has ended meanwhile. To be called once a step."""
+    def after_step(self) -> None:
+        """Tells the user of a save that has ended meanwhile; after the first step, prepares for the first save."""
+        if self._may_reserve:
+            self._may_reserve = False
+            self._engine.reserve_copies()
         self._tell(self._saver.finished())
 
     def settle(self, step: int, facts: dict) -> None:

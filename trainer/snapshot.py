@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,13 +16,37 @@ Files = dict[str, object]
 
 class HostCopies:
     """Copies of states on the host. Their memory (pinned where the state is on a GPU) is kept from save to save: to
-    allocate it anew costs more than the copying."""
+    allocate it anew costs up to ten times the copying."""
 
     def __init__(self) -> None:
         self._held: dict[str, list[torch.Tensor]] = {}
+        self._reserving: threading.Thread | None = None
+
+    def reserve(self, files: Files) -> None:
+        """Begins to make the memory for copies of such states, which may change meanwhile, and returns."""
+        def copy_all() -> None:
+            try:
+                for name, state in files.items():
+                    self._copy(name, state)
+            except RuntimeError:  # there is not enough memory: `take` will say so
+                self._held.clear()
+
+        self._reserving = threading.Thread(target=copy_all, name="host copies", daemon=True)
+        self._reserving.start()
 
     def take(self, name: str, state: object) -> object:
         """A copy of `state` that no later training step changes. It lasts until the next call with this name."""
+        self.join()
+        return self._copy(name, state)
+
+    def join(self) -> dict[str, list[torch.Tensor]]:
+        """Waits until the memory that is being reserved is there. All that is held: file's name -> its tensors."""
+        if self._reserving is not None:
+            self._reserving.join()
+            self._reserving = None
+        return self._held
+
+    def _copy(self, name: str, state: object) -> object:
         held, used, done = iter(self._held.get(name, [])), [], {}
 
         def copied(item: object) -> object:
@@ -51,12 +77,16 @@ class HostCopies:
 
 
 class RecordingEngine(CheckpointEngine):
-    """DeepSpeed's way of writing a checkpoint that writes nothing: keeps what it is given, as `files`."""
+    """DeepSpeed's way of writing a checkpoint that writes nothing: what it is given stands in `files`.
 
-    def __init__(self, folder: Path, copies: HostCopies | None):
+    keep: (file's name, state) -> what to keep of it. own_storage: whether each expert's state is to be in memory of its
+    own, for which DeepSpeed clones it: otherwise every expert's file would hold all experts of its layer.
+    """
+
+    def __init__(self, folder: Path, keep: Callable[[str, object], object], own_storage: bool):
         super().__init__()
         self.files: Files = {}
-        self._folder, self._copies = folder, copies
+        self._folder, self._keep, self._own_storage = folder, keep, own_storage
 
     def makedirs(self, path: str, exist_ok: bool = False) -> None:
         """Folders are made when the files are written."""
@@ -66,7 +96,7 @@ class RecordingEngine(CheckpointEngine):
 
     def save(self, state_dict: object, path: str) -> None:
         name = str(Path(path).relative_to(self._folder))
-        self.files[name] = state_dict if self._copies is None else self._copies.take(name, state_dict)
+        self.files[name] = self._keep(name, state_dict)
 
     def load(self, path: str, map_location: object = None) -> object:
         raise NotImplementedError("only for saving")
@@ -75,5 +105,4 @@ class RecordingEngine(CheckpointEngine):
         return True
 
     def preserves_storage_sharing(self) -> bool:
-        # Then DeepSpeed clones every expert beforehand: without a copy, each one's file would hold all of its layer.
-        return self._copies is None
+        return self._own_storage

@@ -59,7 +59,7 @@ def check_same(path: Path, saved: dict[str, int], here: dict[str, int]) -> None:
         return
     was, now = (", ".join(f"{name} = {values[name]}" for name in changed) for values in (saved, here))
     laid_out = [f"zero_optimization.{name}" for name in changed if name in _LAYOUT]
-    if laid_out:
+    if laid_out and "zero_stage" not in changed:
         remedy = f"give {' and '.join(laid_out)} the value again that the run began with"
     elif saved["rows_per_step"] != here["rows_per_step"]:
         remedy = ("choose micro-batch and accumulation so that rows_per_step, their product with the ranks, is "

@@ -3,9 +3,7 @@
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
-from model.diffusion_lm import DiffusionLM
+from tests.model.small import small_model
 from tests.trainer.launching import SMALL, write_corpus
 from trainer.config_load import load
 from trainer.data.prepare import prepare
@@ -20,12 +18,6 @@ def exported_run(folder: Path, recipe: str = "", **settings) -> Path:
     run = load("tiny", recipe=recipe, overrides=[f"{key}={value}" for key, value in settings.items()])
     vocabulary = prepare(run.data, splits=("train",)).vocabulary
     run = replace(run, model=replace(run.model, vocab_size=vocabulary.size))
-    model = DiffusionLM(run.model)
-    model.init_weights(0)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-        model.prior_count_V.copy_(torch.arange(vocabulary.size) * 7 % 23)
+    model = small_model(run.model)
     write_model(folder / "model", run, model.state_dict(), vocabulary.path, {"step": 4, "weights": "averaged"})
     return folder

@@ -56,6 +56,22 @@ def test_copies_outlive_training_and_reuse_their_memory():
     assert second["module"]["a"].sum() == 0
 
 
+def test_copies_are_taken_to_reserved_memory():
+    weights = torch.arange(6.0)
+    copies = HostCopies()
+    copies.reserve({"file": {"weights": weights}})
+    (reserved,) = copies.join()["file"]
+    copy = copies.take("file", {"weights": weights})["weights"]
+    assert copy.data_ptr() == reserved.data_ptr() != weights.data_ptr() and torch.equal(copy, weights)
+
+
+def test_copies_are_taken_though_nothing_could_be_reserved():
+    copies = HostCopies()
+    copies.reserve({"file": [torch.empty(3), torch.empty(3, device="meta")]})  # which cannot be copied
+    assert copies.join() == {}
+    assert copies.take("file", [torch.ones(3)])[0].sum() == 3
+
+
 def test_every_damage_is_noticed(place, tmp_path):
     """Each file of a checkpoint, its manifest included: cut short, emptied, gone, and with one bit turned anywhere."""
     whole = place.folder / "whole" / "checkpoints" / f"step-{STEPS:08d}"

@@ -70,3 +70,5 @@ def test_another_layout_of_zeros_files_is_refused(tmp_path, stage, name, value):
     check_same(Path("c"), changed, changed)
     other = 5 - stage  # where it means nothing
     check_same(Path("c"), of(other), of(other, **{name: value}))
+    with pytest.raises(CheckpointError, match="or convert it: python"):  # to another stage, layout or not
+        check_same(Path("c"), changed, of(other))

@@ -32,6 +32,7 @@ from tools.reporting.runs import read_run
 from tools.scoring.bootstrap import RESAMPLES, Interval, drawn_sets
 from tools.scoring.overlap import bleu_of
 from trainer.config import describe
+from trainer.hardware import processor
 
 
 @dataclass(frozen=True)
@@ -171,12 +172,3 @@ def _machine(jobs: Sequence[Job]) -> dict:
 def read_environment(folder: Path) -> dict:
     path = folder / "config" / "environment.json"
     return json.loads(path.read_text()) if path.exists() else {}
-
-
-def processor() -> str:
-    """The CPU's name, as Linux gives it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")

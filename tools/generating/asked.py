@@ -156,5 +156,5 @@ def _pieces(vocabulary: Vocabulary, target: str, canvas: int, place: str) -> tup
 
 
 def _source(config: RunConfig, vocabulary: Vocabulary, text: str) -> np.ndarray:
-    longest = config.data.longest_document() - config.data.max_target_tokens
-    return source_segment(vocabulary.encode([text])[0], longest, vocabulary.bos_id, vocabulary.eos_id)
+    return source_segment(vocabulary.encode([text])[0], config.data.longest_source(), vocabulary.bos_id,
+                          vocabulary.eos_id)

@@ -18,6 +18,7 @@ from trainer.data.vocabulary import Vocabulary
 from trainer.data.workers import fresh_workers
 from trainer.export import read_model
 from trainer.generate import GappedText, emergence, generate, infill
+from trainer.hardware import use_deterministic_kernels
 
 
 @dataclass(frozen=True)
@@ -54,8 +55,7 @@ def _load(folder: Path, device: str, deterministic: bool) -> tuple[DiffusionLM, 
     keep_freed_memory()
     if deterministic:
         torch.set_num_threads(1)
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS refuses to be deterministic without
-        torch.use_deterministic_algorithms(True)
+        use_deterministic_kernels()
     model, vocabulary, run = read_model(folder, device)
     return model, vocabulary, run.data.max_target_tokens
 

@@ -57,7 +57,7 @@ def model_card(name: str, run: RunConfig, tensors: Tensors, dtype: str, facts: d
             "conditioning": model.diffusion.conditioning, "step": step,
             "weights": f"{facts['weights']}, {dtype}"}
     parts = [_HEAD.format(name=name, canvas=data.max_target_tokens, steps=run.sample.steps,
-                          source=data.longest_document() - data.max_target_tokens,
+                          source=data.longest_source(),
                           facts="\n".join(f"| {key} | {value} |" for key, value in rows.items()))]
     if evaluation := figures.get("evaluation"):
         names = [name for name in EVALUATED if name in evaluation]

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 from tools.reporting.runs import read_run
+from trainer.checkpoint_folder import FOLDER
 from trainer.export import model_folder
 
 EVALUATED = {"context_free": "context-free", "model": "model", "shuffled_sources": "wrong source"}
@@ -37,6 +38,6 @@ def _run_folder(source: Path) -> Path | None:
     """The run that a source lies in: itself, or the one whose model or checkpoint it is."""
     source = source.absolute()
     around = {"model": source.parent}.get(source.name, source)
-    if source.parent.name == "checkpoints":
+    if source.parent.name == FOLDER:
         around = source.parent.parent
     return around if (around / "config" / "run.toml").is_file() and (around / "metrics.jsonl").is_file() else None

@@ -31,7 +31,7 @@ def describe_for_huggingface(folder: Path, name: str, run: RunConfig, vocabulary
     (folder / "config.json").write_text(json.dumps(config, indent=1) + "\n")
     for file, text in flatten(_CODE).items():
         (folder / file).write_text(text)
-    write_tokenizer(vocabulary, folder, run.data.longest_document() - run.data.max_target_tokens)
+    write_tokenizer(vocabulary, folder, run.data.longest_source())
     shutil.copyfile(vocabulary, folder / "vocabulary.model")
     shutil.copyfile(_LICENSE, folder / "LICENSE-code")
     (folder / "README.md").write_text(model_card(name, run, tensors, dtype, facts, figures))

@@ -80,6 +80,10 @@ class DataConfig:
         room = self.row_tokens - (self.draws_per_source - 1) * self.max_target_tokens
         return min(room, self.max_source_tokens + self.max_target_tokens) if self.max_source_tokens else room
 
+    def longest_source(self) -> int:
+        """Tokens of the longest source that is kept, its <bos> and </s> included."""
+        return self.longest_document() - self.max_target_tokens
+
     @classmethod
     def from_plain(cls, values: dict) -> DataConfig:
         """The configuration that `dataclasses.asdict` made `values` of."""
