@@ -52,7 +52,7 @@ class Trained:
             model = self.engine.model
             plan = model.prepare(batch, device=self.device, dtype=self.engine.dtype).to(self.device)
             draw = training_draw(batch, self.run.model, 0, 0).to(self.device)
-            report = self.engine.forward(batch.to(self.device), plan, draw, 100.0, 100.0)
+            report = self.engine.forward(batch.to(self.device), plan, draw, 100.0, 100.0, 100.0)
             self.engine.backward(report)
             self.engine.accumulate(last=index == self.accumulation - 1)
         self.engine.update(0)

@@ -282,10 +282,10 @@ def measure_step(bench: Bench, length: int, is_goal: bool) -> None:
         flops = training_flops(config, plan, copies)
         draw, moved = training_draw(batch, config, 0, 0).to(bench.device), batch.to(bench.device)
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=bench.device.type == "cuda")
-        trained = int(batch.in_loss_T.sum())
+        counts = int(batch.in_loss_T.sum()), len(batch), int(batch.is_target_T.sum())
 
-        def step(model=model, plan=plan, draw=draw, optimizer=optimizer, moved=moved, trained=trained) -> None:
-            model(moved, plan, draw, trained, len(moved)).total.backward()
+        def step(model=model, plan=plan, draw=draw, optimizer=optimizer, moved=moved, counts=counts) -> None:
+            model(moved, plan, draw, *counts).total.backward()
             optimizer.step()
             optimizer.zero_grad()
 

@@ -63,7 +63,7 @@ def training(source: int, draws: int) -> Callable[[], object]:
 
     def step() -> None:
         plan = model.prepare(batch, device="cpu", dtype=torch.float32)
-        model(batch, plan, draw, TARGET * draws, len(batch)).total.backward()
+        model(batch, plan, draw, TARGET * draws, len(batch), TARGET * draws).total.backward()
     return step
 
 

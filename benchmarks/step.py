@@ -96,7 +96,7 @@ def ours(recipe: str, documents: Documents) -> Run:
 
     def loss() -> torch.Tensor:
         plan = model.prepare(batch, device="cpu", dtype=torch.float32)
-        return model(batch, plan, draw, trained, len(batch)).total
+        return model(batch, plan, draw, trained, len(batch), documents.count * documents.target).total
     return updated(model, loss)
 
 

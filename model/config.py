@@ -155,6 +155,14 @@ class ModelConfig:
     def head_dim(self) -> int:
         return self.width // self.attention.heads
 
+    @property
+    def last_block_of(self) -> str:
+        """Whose final states the last block works out: "all", or only those of the "target", where a source is there
+        to be read and nothing is asked of it."""
+        d = self.diffusion
+        targets_only = self.network == "sparse" and d.conditioning == "cached" and d.loss_over != "document"
+        return "target" if targets_only else "all"
+
     def log_snr_range(self) -> tuple[float, float]:
         """(noisiest, cleanest) log-SNR of the log_snr schedule."""
         if self.diffusion.log_snr_range != "auto":

@@ -33,7 +33,8 @@ class StreamPlan:
     """What the layout of a stream fixes: one attention plan per layer, neighbours, conditions, positions.
 
     condition_T: row of the noise-level table a token is modulated by; the last row is the sources' in cached
-    conditioning, where sources know of no noise level.
+    conditioning, where sources know of no noise level. last_N: the tokens that the last block computes, if not all:
+    of the others it only needs keys and values.
     """
 
     attention: list[AttentionPlan]
@@ -43,6 +44,7 @@ class StreamPlan:
     is_target_T: Tensor
     row_T: Tensor
     rows: int
+    last_N: Tensor | None = None
 
     def to(self, device: torch.device | str) -> StreamPlan:
         moved: dict[int, AttentionPlan] = {}
@@ -51,7 +53,23 @@ class StreamPlan:
                 moved[id(plan)] = plan.to(device)
         tensors = {name: getattr(self, name).to(device, non_blocking=True)
                    for name in ("neighbour_TW", "condition_T", "position_T", "is_target_T", "row_T")}
-        return StreamPlan(attention=[moved[id(plan)] for plan in self.attention], rows=self.rows, **tensors)
+        last_N = None if self.last_N is None else self.last_N.to(device, non_blocking=True)
+        return StreamPlan(attention=[moved[id(plan)] for plan in self.attention], rows=self.rows, last_N=last_N,
+                          **tensors)
+
+
+class Projection(nn.Linear):
+    """Queries, keys and values by one weight [3 D, D]."""
+
+    def __init__(self, width: int):
+        super().__init__(width, 3 * width, bias=False)
+
+    def forward(self, x_TD: Tensor, asking_N: Tensor | None = None) -> tuple[Tensor, Tensor] | Tensor:
+        """[T, 3 D]; with asking_N queries [N, D] of those tokens, and keys and values [T, 2 D] of all."""
+        if asking_N is None:
+            return super().forward(x_TD)
+        asking, answering = self.weight.split([self.in_features, 2 * self.in_features])
+        return nn.functional.linear(x_TD.index_select(0, asking_N), asking), nn.functional.linear(x_TD, answering)
 
 
 class Attention(nn.Module):
@@ -60,22 +78,31 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int):
         super().__init__()
         self.heads, self.head_dim = heads, width // heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = Projection(width)
         self.out = nn.Linear(width, width, bias=False)
         self.q_gain = nn.Parameter(torch.ones(self.head_dim))
         self.k_gain = nn.Parameter(torch.ones(self.head_dim))
 
     def forward(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor], plan: AttentionPlan,
-                source: tuple[Tensor, Tensor] | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """source: cached keys and values that stand before the stream's own. Also returns the stream's own."""
-        q, k, v = self.project(x_TD, rotary)
+                source: tuple[Tensor, Tensor] | None,
+                asking_N: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """source: cached keys and values that stand before the stream's own. asking_N: the tokens whose output is
+        wanted, all if None. Also returns the stream's own keys and values."""
+        q, k, v = self.project(x_TD, rotary, asking_N)
         keys, values = (k, v) if source is None else (torch.cat((source[0], k)), torch.cat((source[1], v)))
         return self.out(sparse_attention(q, keys, values, plan).flatten(1)), (k, v)
 
-    def project(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [T, H, head_dim], the first two normalised and rotated."""
-        qkv_T3HK = self.qkv(x_TD).view(-1, 3, self.heads, self.head_dim)
-        return rotated_heads(qkv_T3HK, torch.stack((self.q_gain, self.k_gain)), rotary)
+    def project(self, x_TD: Tensor, rotary: tuple[Tensor, Tensor],
+                asking_N: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of the asking tokens, keys and values of all [.., H, head_dim]; the first two normalised, rotated."""
+        if asking_N is None:
+            return self._heads(self.qkv(x_TD), rotary, self.q_gain, self.k_gain)
+        q_ND, kv_TD = self.qkv(x_TD, asking_N)
+        asking_rotary = tuple(table.index_select(0, asking_N) for table in rotary)
+        return *self._heads(q_ND, asking_rotary, self.q_gain), *self._heads(kv_TD, rotary, self.k_gain)
+
+    def _heads(self, projected: Tensor, rotary: tuple[Tensor, Tensor], *gains: Tensor) -> tuple[Tensor, ...]:
+        return rotated_heads(projected.unflatten(1, (-1, self.heads, self.head_dim)), torch.stack(gains), rotary)
 
 
 class Block(nn.Module):
@@ -89,12 +116,17 @@ class Block(nn.Module):
         self.moe = MoELayer(config.width, config.moe)
 
     def forward(self, x_TD: Tensor, condition_CD: Tensor, rotary: tuple[Tensor, Tensor], plan: StreamPlan,
-                attention_plan: AttentionPlan, source: tuple[Tensor, Tensor] | None,
-                jitter_TD: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], MoEAux]:
-        normed = self.attention_norm(x_TD, condition_CD, plan.condition_T)
-        attended, own = self.attention(normed, rotary, attention_plan, source)
+                attention_plan: AttentionPlan, source: tuple[Tensor, Tensor] | None, jitter_TD: Tensor | None,
+                asking_N: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], MoEAux]:
+        """asking_N: the tokens that are computed, [N, D] then; of the others only keys and values. All if None."""
+        condition_T, row_T = plan.condition_T, plan.row_T
+        normed = self.attention_norm(x_TD, condition_CD, condition_T)
+        attended, own = self.attention(normed, rotary, attention_plan, source, asking_N)
+        if asking_N is not None:
+            x_TD, condition_T, row_T = (each.index_select(0, asking_N) for each in (x_TD, condition_T, row_T))
+            jitter_TD = None if jitter_TD is None else jitter_TD.index_select(0, asking_N)
         x_TD = x_TD + attended
-        mixed, aux = self.moe(self.moe_norm(x_TD, condition_CD, plan.condition_T), plan.row_T, plan.rows, jitter_TD)
+        mixed, aux = self.moe(self.moe_norm(x_TD, condition_CD, condition_T), row_T, plan.rows, jitter_TD)
         return x_TD + mixed, own, aux
 
 
@@ -136,47 +168,53 @@ class Denoiser(nn.Module):
 
     def prepare(self, tokens_T: Tensor, document_T: Tensor, position_T: Tensor, is_target_T: Tensor, draw_T: Tensor,
                 copy_T: Tensor, copies: int, row_T: Tensor, rows: int, *, device: torch.device | str,
-                dtype: torch.dtype, queries: str = "all") -> StreamPlan:
+                dtype: torch.dtype, queries: str = "all", last: str = "all") -> StreamPlan:
         """Works out the layout on the CPU. queries="target": only target tokens are computed, against source keys
-        from a cache; the stream given is then that of all tokens, sources first, and the plan that of the targets."""
+        from a cache; the stream given is then that of all tokens, sources first, and the plan that of the targets.
+        last="target": the last block computes target tokens only."""
         config = self.config
         is_global_T = global_tokens(config.attention.global_tokens, tokens_T=tokens_T, document_T=document_T,
                                     position_T=position_T, is_target_T=is_target_T, draw_T=draw_T,
                                     eos_id=config.eos_id)
         layout = TokenLayout(document_T, position_T, is_target_T, draw_T, is_global_T)
         backend, _ = choose_backend(config.attention.backend, device, dtype, config.head_dim)
-        plans = {pattern: build_plan(layout, pattern, head_dim=config.head_dim, dtype=dtype, backend=backend,
-                                     queries=queries) for pattern in set(self.patterns)}
+        asked = [queries] * (config.layers - 1) + [last if queries == "all" else queries]
+        kinds = list(zip(self.patterns, asked, strict=True))
+        plans = {kind: build_plan(layout, kind[0], head_dim=config.head_dim, dtype=dtype, backend=backend,
+                                  queries=kind[1]) for kind in set(kinds)}
         seen = slice(None) if queries == "all" else is_target_T
         joint = config.diffusion.conditioning == "joint"
         side_T = torch.zeros_like(is_target_T) if joint else is_target_T
         condition_T = copy_T if joint else torch.where(is_target_T, copy_T, copies)
         return StreamPlan(
-            attention=[plans[pattern] for pattern in self.patterns],
+            attention=[plans[kind] for kind in kinds],
             neighbour_TW=neighbour_index(document_T[seen], side_T[seen], draw_T[seen],
                                          max(config.local_mixing, 1)),
             condition_T=condition_T[seen], position_T=position_T[seen], is_target_T=is_target_T[seen],
-            row_T=row_T[seen], rows=rows)
+            row_T=row_T[seen], rows=rows, last_N=is_target_T.nonzero().flatten() if last == "target" else None)
 
     def forward(self, inputs_TE: Tensor, log_snr_C: Tensor, plan: StreamPlan, source_cache: SourceCache | None = None,
                 jitter_LTD: Tensor | None = None) -> tuple[Tensor, SourceCache, list[MoEAux]]:
         """inputs_TE: the embedding (and the previous estimate, side by side) of every token.
 
-        Returns hidden states [T, D], the stream's own keys and values by layer, and what each MoE layer reports.
+        Returns hidden states [T, D], of the plan's last_N only if it has one; the stream's own keys and values by
+        layer, and what each MoE layer reports.
         """
         x_TD, condition_CD, rotary = self._enter(inputs_TE, log_snr_C, plan)
         keys_values, reports = [], []
         for index, block in enumerate(self.blocks):
             arguments = (x_TD, condition_CD, rotary, plan, plan.attention[index],
                          None if source_cache is None else source_cache[index],
-                         None if jitter_LTD is None else jitter_LTD[index])
+                         None if jitter_LTD is None else jitter_LTD[index],
+                         plan.last_N if block is self.blocks[-1] else None)
             if index in self.recompute and torch.is_grad_enabled():
                 x_TD, own, aux = checkpoint(block, *arguments, use_reentrant=False)
             else:
                 x_TD, own, aux = block(*arguments)
             keys_values.append(own)
             reports.append(aux)
-        return self.norm(x_TD, condition_CD, plan.condition_T), keys_values, reports
+        condition_T = plan.condition_T if plan.last_N is None else plan.condition_T.index_select(0, plan.last_N)
+        return self.norm(x_TD, condition_CD, condition_T), keys_values, reports
 
     def encode_sources(self, inputs_TE: Tensor, log_snr_C: Tensor, plan: StreamPlan) -> SourceCache:
         """What `forward` returns as keys and values for a stream of sources. The last block is left after them: nobody
@@ -184,10 +222,11 @@ class Denoiser(nn.Module):
         x_TD, condition_CD, rotary = self._enter(inputs_TE, log_snr_C, plan)
         keys_values = []
         for index, block in enumerate(self.blocks[:-1]):
-            x_TD, own, _ = block(x_TD, condition_CD, rotary, plan, plan.attention[index], None, None)
+            x_TD, own, _ = block(x_TD, condition_CD, rotary, plan, plan.attention[index], None, None, None)
             keys_values.append(own)
         last = self.blocks[-1]
-        _, k, v = last.attention.project(last.attention_norm(x_TD, condition_CD, plan.condition_T), rotary)
+        normed, nobody = last.attention_norm(x_TD, condition_CD, plan.condition_T), plan.row_T.new_empty(0)
+        _, k, v = last.attention.project(normed, rotary, nobody)
         return [*keys_values, (k, v)]
 
     def _enter(self, inputs_TE: Tensor, log_snr_C: Tensor,

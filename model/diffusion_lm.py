@@ -57,15 +57,18 @@ class BatchPlan:
     """Index tensors of a batch.
 
     stream: the network's plan. target_N: the target tokens. loss_of_target_M: which of those are text or its end.
-    scored_S: the tokens whose predictions are in the loss. judged_J: which of those are targets, whose cross-entropy
-    is taken. text_of_judged_M: which of those are text or its end. fraction_S, fraction_J: the part that a token is
-    of its copy's scored, or judged, tokens.
+    scored_S: the tokens whose predictions are in the loss. state_N, state_S: where the target and the scored tokens
+    stand in what the network returns. judged_J: which of the scored ones are targets, whose cross-entropy is taken.
+    text_of_judged_M: which of those are text or its end. fraction_S, fraction_J: the part that a token is of its
+    copy's scored, or judged, tokens.
     """
 
     stream: StreamPlan
     target_N: Tensor
     loss_of_target_M: Tensor
     scored_S: Tensor
+    state_N: Tensor
+    state_S: Tensor
     judged_J: Tensor
     text_of_judged_M: Tensor
     fraction_S: Tensor
@@ -79,7 +82,8 @@ class BatchPlan:
 class LossReport(NamedTuple):
     """total: what is differentiated. terms: this micro-batch's share of every named term's mean over the global batch,
     without weights. loss_C: the loss of each noised copy by itself. cross_entropy_M, log_snr_M: per token of text, for
-    the breakdown by noise level; token_M: its place in the stream."""
+    the breakdown by noise level; token_M: its place in the stream. last_N: the tokens that pass the last layer of
+    experts, None for all; last_M: the place of the tokens of text among them."""
 
     total: Tensor
     terms: dict[str, Tensor]
@@ -88,6 +92,8 @@ class LossReport(NamedTuple):
     log_snr_M: Tensor
     token_M: Tensor
     experts: list[MoEAux]
+    last_N: Tensor | None
+    last_M: Tensor
 
 
 class DiffusionLM(nn.Module):
@@ -156,7 +162,8 @@ class DiffusionLM(nn.Module):
         """Works out a batch's indices on the CPU, once for all layers and steps."""
         stream = self.denoiser.prepare(
             batch.tokens_T, batch.document_T, batch.position_T, batch.is_target_T, batch.draw_T, batch.copy_T,
-            batch.sample_C.numel(), batch.row_T, batch.rows, device=device, dtype=dtype)
+            batch.sample_C.numel(), batch.row_T, batch.rows, device=device, dtype=dtype,
+            last=self.config.last_block_of)
         target_N = batch.is_target_T.nonzero().flatten()
         scope = self.config.diffusion.loss_over
         is_scored_T = {"text": batch.in_loss_T, "canvas": batch.is_target_T,
@@ -168,17 +175,20 @@ class DiffusionLM(nn.Module):
             copy = batch.copy_T[at]
             return 1 / torch.bincount(copy)[copy]
 
+        states_T = torch.ones_like(batch.is_target_T) if stream.last_N is None else batch.is_target_T
+        place_T = states_T.cumsum(0) - 1
         return BatchPlan(stream, target_N, loss_of_target_M=batch.in_loss_T[target_N].nonzero().flatten(),
-                         scored_S=scored_S, judged_J=judged_J,
+                         scored_S=scored_S, state_N=place_T[target_N], state_S=place_T[scored_S], judged_J=judged_J,
                          text_of_judged_M=batch.in_loss_T[scored_S[judged_J]].nonzero().flatten(),
                          fraction_S=fraction(scored_S), fraction_J=fraction(scored_S[judged_J]))
 
-    def forward(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw, loss_tokens: float,
-                tokens: float) -> LossReport:
+    def forward(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw, loss_tokens: float, tokens: float,
+                target_tokens: float) -> LossReport:
         """One micro-batch's share of the global batch's loss.
 
-        loss_tokens, tokens: how many trained tokens and tokens in all the global batch has, so that the shares of all
-        micro-batches and ranks add up to the loss of the whole, however it is divided.
+        loss_tokens, tokens, target_tokens: how many trained tokens, tokens in all and tokens on canvases the global
+        batch has, so that the shares of all micro-batches and ranks add up to the loss of the whole, however it is
+        divided.
         """
         rows_VE = self.rows()
         log_snr_C, clean_TE, noisy = self._noised(batch, plan, draw, rows_VE)
@@ -192,7 +202,7 @@ class DiffusionLM(nn.Module):
                 kept_N1 = draw.guess_C[batch.copy_T[plan.target_N]][:, None]
                 guess_NE = self.estimate(first, rows_VE) * kept_N1
         output_S, _, experts = self._predict(plan, clean_TE, noisy, log_snr_C, rows_VE, prior_NV, guess_NE, draw,
-                                             at_S=plan.scored_S)
+                                             scored=True)
 
         d, moe = self.config.diffusion, self.config.moe
         by_token = d.loss_over == "text"
@@ -221,12 +231,14 @@ class DiffusionLM(nn.Module):
             total = total + d.absorbing_norm * length * weight_S.sum()
             loss_C = loss_C + d.absorbing_norm * length.detach()
         if experts:
-            terms["balance"] = sum(aux.balance_sum for aux in experts) / (len(experts) * tokens)
-            terms["router_z"] = sum(aux.z_sum for aux in experts) / (len(experts) * tokens)
+            routed = tokens * (len(experts) - 1) + (tokens if plan.stream.last_N is None else target_tokens)
+            terms["balance"] = sum(aux.balance_sum for aux in experts) / routed
+            terms["router_z"] = sum(aux.z_sum for aux in experts) / routed
             total = total + moe.balance_weight * terms["balance"] + moe.z_weight * terms["router_z"]
+        token_M, last_N = plan.target_N[plan.loss_of_target_M], plan.stream.last_N
         return LossReport(total, {name: term.detach() for name, term in terms.items()}, loss_C,
                           cross_entropy_J.detach()[plan.text_of_judged_M], noisy.log_snr_T[plan.loss_of_target_M],
-                          plan.target_N[plan.loss_of_target_M], experts)
+                          token_M, experts, last_N, token_M if last_N is None else plan.loss_of_target_M)
 
     def _embedding_terms(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw, rows_VE: Tensor,
                          clean_TE: Tensor, output_SE: Tensor) -> dict[str, Tensor]:
@@ -273,8 +285,8 @@ class DiffusionLM(nn.Module):
 
     def _predict(self, plan: BatchPlan, clean_TE: Tensor, noisy: NoisyTargets, log_snr_C: Tensor, rows_VE: Tensor,
                  prior_NV: Tensor | None, guess_NE: Tensor | None, draw: NoiseDraw | None,
-                 at_S: Tensor | None = None) -> tuple[Tensor, SourceCache, list[MoEAux]]:
-        """Runs sources and noisy targets together; the prediction is for the tokens at_S (all targets if None)."""
+                 scored: bool = False) -> tuple[Tensor, SourceCache, list[MoEAux]]:
+        """Runs sources and noisy targets together; the prediction is for all targets, or for the scored tokens."""
         inputs_TE = clean_TE.index_copy(0, plan.target_N, self._inputs(noisy, rows_VE, prior_NV))
         if self.config.diffusion.self_conditioning > 0:
             previous_TE = torch.zeros_like(inputs_TE)
@@ -286,9 +298,9 @@ class DiffusionLM(nn.Module):
         hidden_TD, cache, experts = self.denoiser(inputs_TE, log_snr_C, plan.stream,
                                                   **({} if draw is None else draw.for_network()))
         prior = prior_NV
-        if at_S is not None and self.config.bayes_skip and self.config.diffusion.loss_over == "text":
+        if scored and self.config.bayes_skip and self.config.diffusion.loss_over == "text":
             prior = prior_NV[plan.loss_of_target_M]
-        return self._output(hidden_TD[plan.target_N if at_S is None else at_S], prior), cache, experts
+        return self._output(hidden_TD[plan.state_S if scored else plan.state_N], prior), cache, experts
 
     def _inputs(self, noisy: NoisyTargets, rows_VE: Tensor, prior_NV: Tensor | None) -> Tensor:
         """What the network is fed for noisy targets [N, E]; both choices have variance near one."""

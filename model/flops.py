@@ -18,7 +18,9 @@ def forward_flops(config: ModelConfig, plan: BatchPlan, copies: int, predicted: 
     inputs = config.embed_dim * (2 if config.diffusion.self_conditioning > 0 else 1)
     matrices = 3 if moe.gated else 2
     router = moe.experts if config.network == "sparse" else 0
-    layer = width * (4 * width + router + matrices * (moe.top_k * moe.ffn + moe.shared_ffn))
+    queries = width * (2 * width + router + matrices * (moe.top_k * moe.ffn + moe.shared_ffn))
+    layer = 2 * width**2 + queries  # keys and values come first
+    unasked = 0 if plan.stream.last_N is None else tokens - targets  # of which the last block makes nothing else
     if config.network == "sparse":
         stem = max(config.local_mixing, 1) * inputs * width
         level = ((2 * config.layers + 1) * config.time_dim * 2 * width * (copies + 1)  # modulation of every norm
@@ -27,7 +29,7 @@ def forward_flops(config: ModelConfig, plan: BatchPlan, copies: int, predicted: 
     else:
         stem = head = 0 if config.embed_dim == width else width * (config.embed_dim + width)
         level = 4 * config.time_dim * (config.time_dim + width) * copies
-    products = tokens * (stem + config.layers * layer) + level + predicted * head
+    products = tokens * (stem + config.layers * layer) - unasked * queries + level + predicted * head
     if config.input == "bayes" or config.bayes_skip:
         products += targets * config.embed_dim * config.vocab_size
     if config.input == "bayes":

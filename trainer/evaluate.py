@@ -59,7 +59,7 @@ def _add(sums: torch.Tensor, model: DiffusionLM, batch: PackedBatch, weight: flo
     plan = model.prepare(batch, device=device, dtype=dtype).to(device)
     draw = evaluation_draw(batch, model.config, times[batch.draw_C], seed + first).to(device)
     batch = batch.to(device)
-    report = model(batch, plan, draw, 1.0, 1.0)
+    report = model(batch, plan, draw, 1.0, 1.0, 1.0)
     level_M = first + batch.draw_C[batch.copy_T[plan.target_N[plan.loss_of_target_M]]]
     sums[:, 1 if shuffled else 0].index_add_(0, level_M, weight * report.cross_entropy_M.double())
     if not shuffled:

@@ -26,29 +26,34 @@ class ExpertUse:
         self.by_position_LBE = torch.zeros(layers, POSITION_BINS, experts, dtype=torch.int64, device=device)
         self.by_noise_LBE = torch.zeros(layers, NOISE_BINS, experts, dtype=torch.int64, device=device)
         self.entropy_L = torch.zeros(layers, dtype=torch.float64, device=device)
+        self.tokens_L = torch.zeros_like(self.entropy_L)
 
     def add(self, report: LossReport, position_bin_T: Tensor, noise_bin_M: Tensor) -> None:
         """One micro-batch. position_bin_T: of all tokens; noise_bin_M: of the trained tokens, the only ones whose
         noise says how hard they are; both int64."""
-        index_LTk = torch.stack([aux.expert_index_Tk for aux in report.experts])
-        _count(self.by_position_LBE, position_bin_T, index_LTk)
-        _count(self.by_noise_LBE, noise_bin_M, index_LTk[:, report.token_M])
+        for layer, aux in enumerate(report.experts):
+            trained_M, bin_T = report.token_M, position_bin_T
+            if layer == len(report.experts) - 1 and report.last_N is not None:
+                trained_M, bin_T = report.last_M, position_bin_T[report.last_N]
+            _count(self.by_position_LBE[layer], bin_T, aux.expert_index_Tk)
+            _count(self.by_noise_LBE[layer], noise_bin_M, aux.expert_index_Tk[trained_M])
+            self.tokens_L[layer] += len(aux.expert_index_Tk)
         self.entropy_L += torch.stack([aux.entropy_sum for aux in report.experts])
 
     def flat(self) -> Tensor:
         """Everything as one fp64 vector, which holds counts exactly."""
         return torch.cat([self.by_position_LBE.flatten().double(), self.by_noise_LBE.flatten().double(),
-                          self.entropy_L])
+                          self.entropy_L, self.tokens_L])
 
-    def summary(self, flat: Tensor, tokens: int) -> dict:
-        """What a line of metrics says, from the sum over ranks of `flat` (on the host) and of the tokens."""
-        sizes = [self.by_position_LBE.numel(), self.by_noise_LBE.numel(), self.entropy_L.numel()]
-        by_position, by_noise, entropy_L = flat.split(sizes)
+    def summary(self, flat: Tensor) -> dict:
+        """What a line of metrics says, from the sum over ranks of `flat`, on the host."""
+        sizes = [part.numel() for part in (self.by_position_LBE, self.by_noise_LBE, self.entropy_L, self.tokens_L)]
+        by_position, by_noise, entropy_L, tokens_L = flat.split(sizes)
         by_position_LBE = by_position.view(self.by_position_LBE.shape)
         tokens_LE = by_position_LBE.sum(1)
         variation_L = tokens_LE.std(1, unbiased=False) / tokens_LE.mean(1)
         dead_L = (tokens_LE == 0).sum(1)
-        entropy_L = entropy_L / tokens
+        entropy_L = entropy_L / tokens_L
         return {
             "expert_tokens": tokens_LE.long().tolist(),
             "expert_share_by_position": _shares(by_position_LBE),
@@ -62,12 +67,10 @@ class ExpertUse:
         }
 
 
-def _count(counts_LBE: Tensor, bin_N: Tensor, index_LNk: Tensor) -> None:
+def _count(counts_BE: Tensor, bin_N: Tensor, index_Nk: Tensor) -> None:
     """Adds one for every expert of every token. Not bincount: it waits for a GPU to learn the length of its output."""
-    layers, bins, experts = counts_LBE.shape
-    layer_L11 = torch.arange(layers, device=bin_N.device)[:, None, None]
-    cell = ((layer_L11 * bins + bin_N[:, None]) * experts + index_LNk).flatten()
-    counts_LBE.view(-1).scatter_add_(0, cell, torch.ones_like(cell))
+    cell = (bin_N[:, None] * counts_BE.shape[1] + index_Nk).flatten()
+    counts_BE.view(-1).scatter_add_(0, cell, torch.ones_like(cell))
 
 
 def _shares(counts: Tensor) -> list:

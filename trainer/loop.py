@@ -150,7 +150,7 @@ class TrainingRun:
             draw = training_draw(batch, self.run.model, seed, self.step, self.times).to(device)
             batch = batch.to(device)
             sent = self.expert_group.sent_bytes
-            report = self.engine.forward(batch, plan, draw, info.loss_tokens, info.tokens)
+            report = self.engine.forward(batch, plan, draw, info.loss_tokens, info.tokens, info.target_tokens)
             seconds += time.perf_counter() - began
             self.watchdog.beat("gradients", self.step + 1)
             self.engine.backward(report)

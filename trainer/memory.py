@@ -28,9 +28,8 @@ def memory_per_rank(run: RunConfig, ds: DSConfig, world: int, parameters: int, e
         f"fp32 copy{where}": 4 * shard,
         f"Adam moments{where}": 8 * shard,
         f"averaged weights{where}": 4 * shard if run.optim.ema_decay > 0 else 0,
-        "activations": activation_bytes(
-            run.model, tokens, targets, size,
-            len(recomputed_layers(run.train.activation_checkpointing, run.model.layers))),
+        "activations": activation_bytes(run.model, tokens, targets, size,
+                                        recomputed_layers(run.train.activation_checkpointing, run.model.layers)),
         "backward's own": working_bytes(run.model, tokens, targets, size),
     }
 
@@ -43,20 +42,22 @@ def target_share(run: RunConfig) -> float:
     return targets / (targets + source)
 
 
-def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: int, recomputed: int = 0) -> float:
+def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: int,
+                     recomputed: frozenset[int] = frozenset()) -> float:
     """What a forward pass of `tokens` tokens, `targets` of them noised, keeps for its backward pass.
 
     size: bytes of an activation. recomputed: blocks under activation checkpointing, each of which keeps its input and,
     while it is computed again, its own activations.
     """
     width = model.width
-    block = _block_bytes(model, tokens, size)
+    blocks = _block_bytes(model, tokens, targets, size)
     inputs = model.embed_dim * (2 if model.diffusion.self_conditioning > 0 else 1)
     if model.network == "sparse":
         stem = tokens * max(model.local_mixing, 1) * inputs * size
     else:
         stem = tokens * (inputs + 3 * width) * size
-    kept = (model.layers - recomputed + (recomputed > 0)) * block + recomputed * tokens * width * size
+    kept = sum(tokens * width * size if index in recomputed else block for index, block in enumerate(blocks))
+    kept += max((blocks[index] for index in recomputed), default=0)
     # The posterior's softmax, and logits with their softmax, or the softmax of rounding.
     distributions = (targets if model.input == "bayes" else 0) + _predicted(model, tokens, targets) * (
         2 if model.diffusion.loss == "cross_entropy" else 1)
@@ -66,21 +67,25 @@ def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: in
 def working_bytes(model: ModelConfig, tokens: float, targets: float, size: int) -> float:
     """The most that the backward pass holds besides gradients of parameters: gradients of one block's activations, or
     logits with their gradient."""
-    return max(_block_bytes(model, tokens, size),
+    return max(*_block_bytes(model, tokens, targets, size),
                2 * _predicted(model, tokens, targets) * _distribution_bytes(model))
 
 
-def _block_bytes(model: ModelConfig, tokens: float, size: int) -> float:
-    """What one block keeps."""
+def _block_bytes(model: ModelConfig, tokens: float, targets: float, size: int) -> list[float]:
+    """What each block keeps."""
     width, moe = model.width, model.moe
-    if model.network == "sparse":
-        # Two norms' inputs and outputs before and after modulation, q, k, v as projected, q and k after rotation,
-        # attention's output, then the experts' sorted inputs, hidden products and outputs.
-        return tokens * (13 * width + moe.top_k * (2 * width + (2 if moe.gated else 1) * moe.ffn)
-                         + (2 if moe.gated else 1) * moe.shared_ffn) * size
-    # q, k, v, attention's output, two norms' inputs and outputs, and the feed-forward before and after its GELU; what
-    # was dropped, in a byte each.
-    return tokens * ((8 * width + 2 * moe.ffn) * size + (2 * width if model.dropout > 0 else 0))
+    if model.network == "bert":
+        # q, k, v, attention's output, two norms' inputs and outputs, and the feed-forward before and after its GELU;
+        # what was dropped, in a byte each.
+        return [tokens * ((8 * width + 2 * moe.ffn) * size + (2 * width if model.dropout > 0 else 0))] * model.layers
+    # The first norm's input and output before and after modulation, k and v as projected, k after rotation.
+    answering = 6 * width
+    # q as projected and after rotation, attention's output, the second norm, then the experts' sorted inputs, hidden
+    # products and outputs.
+    asking = (7 * width + moe.top_k * (2 * width + (2 if moe.gated else 1) * moe.ffn)
+              + (2 if moe.gated else 1) * moe.shared_ffn)
+    last = targets if model.last_block_of == "target" else tokens
+    return [*[tokens * (answering + asking) * size] * (model.layers - 1), (tokens * answering + last * asking) * size]
 
 
 def _predicted(model: ModelConfig, tokens: float, targets: float) -> float:

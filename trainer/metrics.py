@@ -113,7 +113,7 @@ class StepMetrics:
         line |= {
             "cross_entropy_by_noise": [round(float(s / n), 5) if n else None
                                        for s, n in zip(sums, number, strict=True)],
-            **(self.step_use.summary(expert_use, self.tokens) if self.layers else {}),
+            **(self.step_use.summary(expert_use) if self.layers else {}),
             "tokens": self.tokens,
             "tokens_per_s": self.tokens / seconds,
             "trained_tokens_per_s": self.trained_tokens / seconds,

@@ -42,7 +42,7 @@ def run(model: DiffusionLM, samples: list[int], loss_tokens: float = 1.0, draws:
     batch = batch_of(samples, draws)
     batch = replace(batch, stratum_C=batch.sample_C % strata, strata=strata)
     plan = model.prepare(batch, device="cpu", dtype=F64)
-    return model(batch, plan, training_draw(batch, model.config, 0, step=0), loss_tokens, 1.0)
+    return model(batch, plan, training_draw(batch, model.config, 0, step=0), loss_tokens, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -118,7 +118,7 @@ def test_loss_over_says_which_tokens_count_and_how():
         seen = []
         model.head.register_forward_hook(lambda module, given, result, seen=seen: seen.append(result.detach()))
         plan = model.prepare(batch, device="cpu", dtype=F64)
-        report = model(batch, plan, draw, 7.0, 1.0)
+        report = model(batch, plan, draw, 7.0, 1.0, 1.0)
         goal_SE = model.rows().detach()[batch.tokens_T[plan.scored_S]]
         error_S, document_S = (seen[0] - goal_SE).square().mean(-1), batch.document_T[plan.scored_S]
         means = [error_S[document_S == document].mean().item() for document in (0, 1)]
@@ -145,8 +145,8 @@ def test_importance_weights_scale_the_loss_and_nothing_that_is_logged():
     batch = replace(batch_of([3, 8]), strata=2)
     plan = model.prepare(batch, device="cpu", dtype=F64)
     draw = training_draw(batch, model.config, 0, 0)
-    plain = model(batch, plan, draw, 1.0, 1.0)
-    weighted = model(batch, plan, replace(draw, weight_C=torch.tensor([2.0, 0.5])), 1.0, 1.0)
+    plain = model(batch, plan, draw, 1.0, 1.0, 1.0)
+    weighted = model(batch, plan, replace(draw, weight_C=torch.tensor([2.0, 0.5])), 1.0, 1.0, 1.0)
     torch.testing.assert_close(weighted.total, (2.0 * plain.loss_C[0] + 0.5 * plain.loss_C[1]) / 2, rtol=1e-6, atol=0)
     torch.testing.assert_close(plain.total, plain.loss_C.mean(), rtol=1e-6, atol=0)
     assert plain.terms.keys() == weighted.terms.keys()
@@ -161,7 +161,7 @@ def test_losses_are_measured_alike_in_any_division_of_the_batch():
     def measured(part: PackedBatch, chosen: list[int]) -> torch.Tensor:
         part = replace(part, stratum_C=torch.tensor(chosen), strata=3)
         plan, draw = model.prepare(part, device="cpu", dtype=F64), training_draw(part, config, 0, 0, sampler)
-        return sampler.measure(part, plan, draw, model(part, plan, draw, 1.0, 1.0))
+        return sampler.measure(part, plan, draw, model(part, plan, draw, 1.0, 1.0, 1.0))
 
     whole = measured(batch, [2, 0, 1])
     torch.testing.assert_close(whole, measured(batch_of([3]), [2]) + measured(batch_of([8, 5]), [0, 1]))
@@ -200,7 +200,7 @@ def test_operations_are_counted():
     model, batch = small_model(config), batch_of([3, 8, 5])
     plan = model.prepare(batch, device="cpu", dtype=torch.float32)
     with FlopCounterMode(display=False) as counter:
-        report = model(batch, plan, training_draw(batch, config, 0, 0), 1.0, 1.0)
+        report = model(batch, plan, training_draw(batch, config, 0, 0), 1.0, 1.0, 1.0)
     logits = 2 * (plan.scored_S.numel() + plan.judged_J.numel()) * config.embed_dim * config.vocab_size
     executed = counter.get_total_flops() - logits
     assert executed == pytest.approx(forward_flops(config, plan, 3, plan.scored_S.numel()), rel=0.01)

@@ -17,10 +17,11 @@ from trainer.randomness import training_draw
 F64 = torch.float64
 
 
-def run(model: DiffusionLM, batch, seed: int = 0, loss_tokens: float = 1.0, tokens: float = 1.0):
+def run(model: DiffusionLM, batch, seed: int = 0, loss_tokens: float = 1.0, tokens: float = 1.0,
+        target_tokens: float = 1.0):
     plan = model.prepare(batch, device="cpu", dtype=F64)
     draw = training_draw(batch, model.config, seed, step=0)
-    return model(batch, plan, draw, loss_tokens, tokens)
+    return model(batch, plan, draw, loss_tokens, tokens, target_tokens)
 
 
 CONFIGS = {
@@ -50,11 +51,12 @@ def replace_strata(batch, strata: int):
 def test_gradients_of_micro_batches_add_up_to_the_whole():
     model = small_model(CONFIGS["long_doc"], F64)
     batches = [replace_strata(batch_of(samples), 99) for samples in ([3, 8, 5], [3], [8, 5])]
-    counts = [int(b.in_loss_T.sum()) for b in batches], [len(b) for b in batches]
+    whole = batches[0]
+    counts = int(whole.in_loss_T.sum()), len(whole), int(whole.is_target_T.sum())
     grads = []
     for batch in batches:
         model.zero_grad()
-        run(model, batch, loss_tokens=counts[0][0], tokens=counts[1][0]).total.backward()
+        run(model, batch, 0, *counts).total.backward()
         grads.append([p.grad.clone() for p in model.parameters()])
     for whole, one, two in zip(*grads, strict=True):
         torch.testing.assert_close(whole, one + two, rtol=1e-8, atol=1e-10)
@@ -88,7 +90,8 @@ def test_joint_conditioning_lets_the_source_see_the_target_and_cached_does_not()
                                  generator=torch.Generator().manual_seed(0))
             inputs[batch.is_target_T] *= scale
             level = torch.tensor([-3.0 * scale])
-            hidden.append(model.denoiser(inputs, level, plan.stream)[0][~batch.is_target_T])
+            keys_values = model.denoiser(inputs, level, plan.stream)[1]
+            hidden.append(keys_values[-1][0][~batch.is_target_T])
         assert torch.allclose(hidden[0], hidden[1], rtol=1e-10, atol=1e-12) != changes
 
 
@@ -114,6 +117,31 @@ def test_cached_sources_equal_computing_them_at_every_step(self_conditioning):
     cached, _ = model.predict_targets(noisy, guess, level_C, stream(batch.take(order), "target"), cache)
     whole, _ = model.predict_packed(batch, model.prepare(batch, **settings), noisy, guess, level_C)
     torch.testing.assert_close(cached, whole, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+def test_the_last_block_leaves_sources_out(layers):
+    """The same targets and gradients as when it works out every token, though its experts see targets only."""
+    model = small_model(replace(small_config(), layers=layers), F64)
+    batch = batch_of([3, 8, 5], draws=2)
+    inputs = torch.randn(len(batch), model.config.embed_dim, dtype=F64, generator=torch.Generator().manual_seed(0))
+    level_C = torch.linspace(-4, 1, batch.sample_C.numel())
+    passed = []
+    model.denoiser.blocks[-1].moe.register_forward_pre_hook(lambda module, given: passed.append(len(given[0])))
+    found = []
+    for last in ("all", "target"):
+        plan = model.denoiser.prepare(
+            batch.tokens_T, batch.document_T, batch.position_T, batch.is_target_T, batch.draw_T, batch.copy_T,
+            batch.sample_C.numel(), batch.row_T, batch.rows, device="cpu", dtype=F64, last=last)
+        model.zero_grad()
+        hidden, keys_values, _ = model.denoiser(inputs, level_C, plan)
+        hidden = hidden[batch.is_target_T] if last == "all" else hidden
+        hidden.square().sum().backward()
+        found.append([hidden, *(part for pair in keys_values for part in pair),
+                      *(p.grad for p in model.denoiser.parameters() if p.grad is not None)])
+    assert passed == [len(batch), int(batch.is_target_T.sum())]
+    for whole, targets_only in zip(*found, strict=True):
+        torch.testing.assert_close(targets_only, whole, rtol=1e-9, atol=1e-9)
 
 
 def test_recomputing_activations_changes_nothing_but_what_is_kept():
@@ -144,7 +172,7 @@ def test_untrained_model_predicts_the_context_free_posterior():
     model.init_weights(0)
     batch = batch_of([3, 8])
     plan, draw = model.prepare(batch, device="cpu", dtype=torch.float32), training_draw(batch, config, 0, 0)
-    torch.testing.assert_close(model(batch, plan, draw, 1.0, 1.0).cross_entropy_M,
+    torch.testing.assert_close(model(batch, plan, draw, 1.0, 1.0, 1.0).cross_entropy_M,
                                model.context_free_cross_entropy(batch, plan, draw))
 
 
@@ -182,7 +210,7 @@ def test_mse_terms_are_their_formulas():
     batch = batch_of([3])
     plan: BatchPlan = model.prepare(batch, device="cpu", dtype=F64)
     draw: NoiseDraw = training_draw(batch, model.config, 0, 0)
-    report = model(batch, plan, draw, 1.0, 1.0)
+    report = model(batch, plan, draw, 1.0, 1.0, 1.0)
     rows = model.rows()
     answer = batch.tokens_T[plan.target_N[plan.loss_of_target_M]]
     clean = rows[answer]

@@ -32,7 +32,7 @@ def test_counts_equal_what_is_executed(name):
     plan = model.prepare(batch, device="cpu", dtype=torch.float32)
     draw = training_draw(batch, config, 0, 0)
     with FlopCounterMode(display=False) as counter:
-        report = model(batch, plan, draw, 1.0, 1.0)
+        report = model(batch, plan, draw, 1.0, 1.0, 1.0)
     executed = counter.get_total_flops()
     if config.diffusion.loss == "mse":  # rounding and monitoring logits, which only this loss computes
         executed -= 2 * 2 * plan.loss_of_target_M.numel() * config.embed_dim * config.vocab_size
@@ -58,5 +58,6 @@ def test_only_allowed_pairs_and_chosen_experts_are_counted():
     wider = count(attention=replace(config.attention, window=16))
     assert count() < wider < count(attention=replace(config.attention, window=400))
     more_experts = count(moe=replace(config.moe, experts=8))
-    assert more_experts - count() == 2 * len(batch) * config.layers * 4 * config.width  # the router's columns alone
+    passed = len(batch) * (config.layers - 1) + int(batch.is_target_T.sum())  # the last layer takes targets only
+    assert more_experts - count() == 2 * passed * 4 * config.width  # the router's columns alone
     assert count(moe=replace(config.moe, top_k=4)) > count()

@@ -101,7 +101,7 @@ def parts(config: ModelConfig) -> dict[str, list]:
     stream = torch.randn(len(batch), config.width, generator=generator)
     mixed, aux = layer(stream, batch.row_T, batch.rows)
 
-    report = model(batch, plan, draw, 1.0, 1.0)
+    report = model(batch, plan, draw, 1.0, 1.0, 1.0)
     terms, moe = report.terms, BASE.moe
     rest = report.total - moe.balance_weight * terms["balance"] - moe.z_weight * terms["router_z"]
     by_token = [name for name in terms if name not in ("balance", "router_z")]

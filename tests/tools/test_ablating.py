@@ -254,7 +254,7 @@ def test_levels_are_where_the_context_free_posterior_knows_so_much(untrained):
             times = torch.linspace(0, 1, 20001)
             time = times[(model.schedule.log_snr(times) - level).abs().argmin()]
             draw = evaluation_draw(batch, model.config, time.expand(batch.sample_C.numel()), 0)
-            own = model(batch, plan, draw, 1.0, 1.0).cross_entropy_M.mean()
+            own = model(batch, plan, draw, 1.0, 1.0, 1.0).cross_entropy_M.mean()
             assert found["cross_entropy"][place] <= own + 1e-3
             if model.config.bayes_skip:  # untrained, it is the context-free posterior: no temperature improves it much
                 assert found["cross_entropy"][place] == pytest.approx(float(own), rel=0.1)

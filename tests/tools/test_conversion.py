@@ -139,7 +139,7 @@ def test_an_upcycled_model_starts_as_the_dense_one(trained, tool, tmp_path, top_
     assert (changed.model.moe.experts, changed.model.moe.top_k) == (8, top_k)
     batch = batch_of([0, 1, 2])
     draw = training_draw(batch, run.model, seed=0, step=0)
-    reports = [model(batch, model.prepare(batch, device="cpu", dtype=torch.float32), draw, 1.0, 1.0)
+    reports = [model(batch, model.prepare(batch, device="cpu", dtype=torch.float32), draw, 1.0, 1.0, 1.0)
                for model in (dense.eval(), mixture)]
     one, other = (report.cross_entropy_M for report in reports)
     assert (float((one - other).abs().max()) <= 1e-6 * float(one.abs().max())) == (noise == 0)

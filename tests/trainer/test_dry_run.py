@@ -62,7 +62,7 @@ def test_activations_are_near_what_backward_keeps(changes):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        report = model(batch, plan, draw, 1.0, 1.0)
+        report = model(batch, plan, draw, 1.0, 1.0, 1.0)
     assert report.total.requires_grad
     estimate = activation_bytes(run.model, len(batch), int(batch.is_target_T.sum()), 4)
     assert estimate == pytest.approx(sum(kept.values()), rel=0.15)

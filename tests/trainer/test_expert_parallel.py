@@ -217,8 +217,11 @@ def test_all_tokens_on_one_rank_and_none_on_the_others(workplace, shards, stage)
         save_file(weights, origin / "model" / "model.safetensors")
     wanted, _ = workplace.run(f"whole-{shards}-{stage}", 1, 1, 1, settings, "--init_from", str(origin))
     found, _ = workplace.run(f"shards{shards}-{stage}", shards, shards, stage, settings, "--init_from", str(origin))
-    assert all(share[2:] == [0, 0] and sum(share) == pytest.approx(1) for line in found
-               for layer in line["expert_share_by_position"] for share in layer)
+    for line in found:
+        *inner, last = line["expert_share_by_position"]
+        assert any(map(any, last)) and not any(last[0])  # targets only pass the last layer, and none begins a document
+        assert all(share[2:] == [0, 0] and sum(share) == pytest.approx(1)
+                   for layer in (*inner, filter(any, last)) for share in layer)
     assert_equal_losses(wanted, found)
 
 

@@ -94,7 +94,7 @@ def train_with_a_discarded_step(rank, world, port, folder, stage, precision):
                 draw = training_draw(batch, config.model, 0, number)
                 if fate == "nan" and rank == 1:
                     draw.noise_NE.fill_(math.nan)
-                engine.backward(engine.forward(batch, plan, draw, 10.0, 40.0))
+                engine.backward(engine.forward(batch, plan, draw, 10.0, 40.0, 20.0))
                 engine.accumulate(last=part == 1)
             applied = engine.update(0 if step == 0 else 1, discard=fate == "discard")
             assert (applied is not None) == (fate == "apply")

@@ -42,7 +42,7 @@ def trained(run: RunConfig, data) -> DiffusionLM:
         info, (batch,) = loader.step(step)
         plan = model.prepare(batch, device="cpu", dtype=torch.float32)
         draw = training_draw(batch, run.model, run.train.seed, step)
-        model(batch, plan, draw, info.loss_tokens, info.tokens).total.backward()
+        model(batch, plan, draw, info.loss_tokens, info.tokens, info.target_tokens).total.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.param_groups[0]["lr"] = learning_rate(run.optim, step, STEPS)
         optimizer.step()

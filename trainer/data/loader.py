@@ -37,6 +37,8 @@ class StepInfo:
     tokens: int
     """All tokens: sources and canvases."""
     source_tokens: int
+    target_tokens: int
+    """Those of the canvases, filler included."""
     loss_tokens: int
     """Target tokens that are trained on: the denominator of the mean loss."""
     fill: float
@@ -110,13 +112,13 @@ class PackedLoader:
         samples = self.samples
         sources = samples.source_tokens_S[chosen]
         sources = int(np.where([task.without_source for task in tasks], np.minimum(sources, 2), sources).sum())
-        tokens = sources + samples.draws * sum(task.canvas_tokens(samples.canvas_tokens) for task in tasks)
+        targets = samples.draws * sum(task.canvas_tokens(samples.canvas_tokens) for task in tasks)
         loss_tokens = int(samples.loss_tokens_S[chosen].sum()) - sum(task.given_tokens for task in tasks)
         return StepInfo(
             step=step, epoch=epoch + place / of, rows=self.rows_per_step, documents=len(chosen),
-            copies=len(chosen) * samples.draws, tokens=tokens,
-            source_tokens=sources, loss_tokens=loss_tokens * samples.draws,
-            fill=tokens / (self.rows_per_step * samples.row_tokens))
+            copies=len(chosen) * samples.draws, tokens=sources + targets,
+            source_tokens=sources, target_tokens=targets, loss_tokens=loss_tokens * samples.draws,
+            fill=(sources + targets) / (self.rows_per_step * samples.row_tokens))
 
     def stream(self, start_step: int = 0,
                finish: Callable[[PackedBatch], Any] = lambda batch: batch) -> Iterator[tuple[StepInfo, list]]:

@@ -58,7 +58,7 @@ def test_every_loss_term_of_every_row(case, weights, arguments):
     golden, model = load(case), network(weights, **arguments)
     assert (golden["t"] == 0).any()
     for row in range(len(golden["t"])):
-        report = model(*loss_inputs(golden, model, slice(row, row + 1)), 1.0, 1.0)
+        report = model(*loss_inputs(golden, model, slice(row, row + 1)), 1.0, 1.0, 1.0)
         for name, term in (("mse", "mse"), ("rounding", "decoder_nll"), ("cross_entropy", "nll")):
             torch.testing.assert_close(report.terms[name], golden[term][row], rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(report.terms["terminal"], golden["tT_loss"][row], rtol=1e-4, atol=0)
@@ -72,7 +72,7 @@ def test_weighted_loss_and_gradients(case, weights, arguments):
     golden, model = load(case), network(weights, **arguments)
     seen = []
     model.denoiser.register_forward_pre_hook(lambda module, given: seen.append(given[0].detach()))
-    report = model(*loss_inputs(golden, model, slice(None)), 1.0, 1.0)
+    report = model(*loss_inputs(golden, model, slice(None)), 1.0, 1.0, 1.0)
     torch.testing.assert_close(seen[0].view_as(golden["x_t"]), golden["x_t"], rtol=1e-6, atol=1e-6)
     torch.testing.assert_close(report.loss_C, golden["loss"], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(report.total.detach(), golden["total"], rtol=1e-5, atol=1e-5)

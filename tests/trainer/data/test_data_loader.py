@@ -122,6 +122,7 @@ def test_step_facts_are_those_of_the_batches(samples, step):
     assert info.tokens == sum(map(len, batches))
     assert info.loss_tokens == sum(int(batch.in_loss_T.sum()) for batch in batches)
     assert info.source_tokens == sum(int((~batch.is_target_T).sum()) for batch in batches)
+    assert info.target_tokens == sum(int(batch.is_target_T.sum()) for batch in batches)
     assert info.documents == sum(batch.documents for batch in batches)
     assert info.copies == sum(len(batch.sample_C) for batch in batches) == batches[0].strata
     assert info.fill == info.tokens / (12 * 60)
