@@ -93,12 +93,16 @@ def keyed_dropout(x_TD: Tensor, key_T: Tensor | None, site: int, rate: float) ->
     """
     if key_T is None or rate == 0:
         return x_TD
-    channel_D = torch.arange(x_TD.shape[1], device=x_TD.device)
-    bits_TD = _mix(_mix(key_T + site)[:, None] + _GOLDEN * (channel_D + 1))
-    kept_TD = bits_TD >= int(rate * 2 ** 64) - 2 ** 63
+    channel_D = _GOLDEN * torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device)
+    kept_TD = torch.empty(x_TD.shape, dtype=torch.bool, device=x_TD.device)
+    rows = max(1, _CACHED // x_TD.shape[1] if x_TD.device.type == "cpu" else len(x_TD))
+    for kept, key in zip(kept_TD.split(rows), _mix(key_T + site).split(rows), strict=True):
+        torch.ge(_mix(key[:, None] + channel_D), int(rate * 2 ** 64) - 2 ** 63, out=kept)
     return torch.where(kept_TD, x_TD / (1 - rate), 0)
 
 
+_CACHED = 1 << 18
+"""Numbers whose bits are worked out at a time on a CPU, in its cache: eight bytes each, against one that is kept."""
 _GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64  # SplitMix64's constants as signed numbers; products wrap around
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2 ** 64
 _MIX_2 = 0x94D049BB133111EB - 2 ** 64

@@ -65,27 +65,40 @@ def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: in
 
 
 def working_bytes(model: ModelConfig, tokens: float, targets: float, size: int) -> float:
-    """The most that the backward pass holds besides gradients of parameters: gradients of one block's activations, or
-    logits with their gradient."""
-    return max(*_block_bytes(model, tokens, targets, size),
-               2 * _predicted(model, tokens, targets) * _distribution_bytes(model))
+    """The most that the backward pass holds besides gradients of parameters and all that `activation_bytes` counts:
+    logits with their gradient, or gradients of one block's feed-forward, when later blocks are free."""
+    blocks = _block_bytes(model, tokens, targets, size)
+    passing = [tokens] * (model.layers - 1) + [_last_tokens(model, tokens, targets)]
+    return max(2 * _predicted(model, tokens, targets) * _distribution_bytes(model),
+               *(count * (_experts_width(model) + 2 * model.width) * size - sum(blocks[index + 1:])
+                 for index, count in enumerate(passing)))
 
 
 def _block_bytes(model: ModelConfig, tokens: float, targets: float, size: int) -> list[float]:
     """What each block keeps."""
-    width, moe = model.width, model.moe
+    width = model.width
     if model.network == "bert":
         # q, k, v, attention's output, two norms' inputs and outputs, and the feed-forward before and after its GELU;
         # what was dropped, in a byte each.
-        return [tokens * ((8 * width + 2 * moe.ffn) * size + (2 * width if model.dropout > 0 else 0))] * model.layers
+        return [tokens * ((8 * width + 2 * model.moe.ffn) * size + (2 * width if model.dropout > 0 else 0))
+                ] * model.layers
     # The first norm's input and output before and after modulation, k and v as projected, k after rotation.
     answering = 6 * width
-    # q as projected and after rotation, attention's output, the second norm, then the experts' sorted inputs, hidden
-    # products and outputs.
-    asking = (7 * width + moe.top_k * (2 * width + (2 if moe.gated else 1) * moe.ffn)
-              + (2 if moe.gated else 1) * moe.shared_ffn)
-    last = targets if model.last_block_of == "target" else tokens
-    return [*[tokens * (answering + asking) * size] * (model.layers - 1), (tokens * answering + last * asking) * size]
+    # q as projected and after rotation, attention's output, the second norm, then the experts.
+    asking = 7 * width + _experts_width(model)
+    last = tokens * answering + _last_tokens(model, tokens, targets) * asking
+    return [*[tokens * (answering + asking) * size] * (model.layers - 1), last * size]
+
+
+def _experts_width(model: ModelConfig) -> int:
+    """Numbers of a token in a feed-forward: the experts' sorted inputs, hidden products and outputs."""
+    moe = model.moe
+    return moe.top_k * 2 * model.width + (2 if moe.gated else 1) * (moe.top_k * moe.ffn + moe.shared_ffn)
+
+
+def _last_tokens(model: ModelConfig, tokens: float, targets: float) -> float:
+    """Tokens that the last block works out."""
+    return targets if model.last_block_of == "target" else tokens
 
 
 def _predicted(model: ModelConfig, tokens: float, targets: float) -> float:

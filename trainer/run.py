@@ -41,6 +41,7 @@ def main() -> None:
 
 def train(args, run, ds) -> None:
     """Everything after the command line."""
+    from trainer.hardware import flush_denormals
     from trainer.kernels import DTYPES, chosen_kernels
     from trainer.loop import TrainingRun
     from trainer.parents import watch_launchers
@@ -52,6 +53,7 @@ def train(args, run, ds) -> None:
     stop.install()
     watch_launchers(stop)
     keep_freed_memory()
+    flush_denormals()
     ranks = launch.start(timeout_minutes=max(10.0, 2 * run.train.hang_minutes))  # so that the watchdog is first
 
     def say(text: str) -> None:

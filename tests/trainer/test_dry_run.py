@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from benchmarks.timing import peak_mib
 from model.attention.pattern import AttentionPattern
 from model.diffusion_lm import DiffusionLM
 from tests.trainer.forked import launch, run_rank
@@ -17,8 +18,8 @@ from tests.trainer.launching import ROOT, ds_config
 from trainer.config_load import load
 from trainer.dry_run import describe_run, longest_document, window_reach
 from trainer.ds_config import load_ds_config
-from trainer.memory import activation_bytes, memory_per_rank
-from trainer.presets import PRESETS
+from trainer.memory import activation_bytes, memory_per_rank, working_bytes
+from trainer.presets import PRESETS, RECIPES
 from trainer.randomness import training_draw
 
 CONFIGS = sorted(ROOT.glob("ds_configs/*.json"))
@@ -66,6 +67,27 @@ def test_activations_are_near_what_backward_keeps(changes):
     assert report.total.requires_grad
     estimate = activation_bytes(run.model, len(batch), int(batch.is_target_T.sum()), 4)
     assert estimate == pytest.approx(sum(kept.values()), rel=0.15)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_memory_is_near_what_a_step_allocates(recipe):
+    """Between two steps that differ in the length of their rows, by the allocations that PyTorch's profiler saw."""
+    allocated, expected = [], []
+    for row_tokens in (1024, 4096):
+        run = load("tiny", recipe, overrides=[
+            "model.width=128", "model.layers=4", "model.moe.ffn=256", "model.attention.heads=2", "data.vocab_size=1024",
+            f"data.row_tokens={row_tokens}", "data.max_source_tokens=0", "data.max_target_tokens=128"])
+        run = replace(run, model=replace(run.model, vocab_size=1024))
+        model = DiffusionLM(run.model)
+        model.init_weights(0)
+        batch = longest_document(run)
+        plan, draw = model.prepare(batch, device="cpu", dtype=torch.float32), training_draw(batch, run.model, 0, 0)
+        model(batch, plan, draw, 1.0, 1.0, 1.0).total.backward()  # gradients are there from now on
+        allocated.append(2**20 * peak_mib(
+            lambda model=model, given=(batch, plan, draw): model(*given, 1.0, 1.0, 1.0).total.backward()))
+        sizes = run.model, len(batch), int(batch.is_target_T.sum()), 4
+        expected.append(activation_bytes(*sizes) + working_bytes(*sizes))
+    assert expected[1] - expected[0] == pytest.approx(allocated[1] - allocated[0], rel=0.25)
 
 
 def peak_noting_rank(command, folder, rank, world, port):
