@@ -99,6 +99,9 @@ def main() -> None:
         report.row("first", "training waits, first save in the background", first[0], "s")
         stall, there = (Spread.of([each[index] for each in later]) for index in (0, 1))
         report.row("later", "training waits, later saves in the background", stall, "s")
+        at_once = Spread.of(waiting).value
+        report.row("first_share", "the first save in the background, of one at once", 100 * first[0] / at_once, "%")
+        report.row("later_share", "later saves in the background, of one at once", stall.scaled(100 / at_once), "%")
         report.row("there", "until a checkpoint saved in the background is there", there, "s")
         report.row("step", "a step of training", alone, "s")
         report.row("step_meanwhile", "a step of training while a checkpoint is written", Spread.of(meanwhile), "s")

@@ -47,6 +47,8 @@ GOALS = [
     Goal("sampling.cached.4096", "generation with cached conditioning against joint, source of 4,096 tokens", 8),
     Goal("sampling.draws.4096", "training step with 8 noised copies of a target, of that with one", 2, at_most=True),
     Goal("data.exposed", "share of a step in which training waits for its data", 2, "%", at_most=True),
+    *(Goal(f"checkpoint.{which}_share", f"training waits for the {which} save in the background, of a save at once", 10,
+           "%", at_most=True) for which in ("first", "later")),
     Goal("balance.variation", "variation of the experts' load in the worst layer, with the balance loss", 0.5, "",
          at_most=True),
     Goal("balance.cost", "what the balance loss adds to the cross-entropy", 1, "%", at_most=True),
