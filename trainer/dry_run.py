@@ -16,7 +16,7 @@ from model.packing import Segment, pack
 from trainer.config import RunConfig, recomputed_layers, to_toml
 from trainer.ds_config import DSConfig
 from trainer.kernels import DTYPES, chosen_kernels
-from trainer.memory import memory_per_rank
+from trainer.memory import memory_per_rank, target_share
 
 
 def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
@@ -65,7 +65,8 @@ def _expert_parallelism(run: RunConfig, ds: DSConfig, dtype: torch.dtype) -> dic
     ways = 4 + 2 * len(recomputed_layers(run.train.activation_checkpointing, model.layers)) / model.layers
     if model.diffusion.self_conditioning > 0:  # the first estimate, forward only
         ways += 2
-    sent = model.layers * rows * ways * model.width * dtype.itemsize
+    layers = model.layers - 1 + (target_share(run) if model.last_block_of == "target" else 1)
+    sent = layers * rows * ways * model.width * dtype.itemsize
     return {"expert groups": f"{size} ranks hold {model.moe.experts // size} experts of each layer each; with evenly "
                              f"used experts a rank sends {sent / 1e6:,.1f} MB a step"}
 
