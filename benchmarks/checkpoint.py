@@ -74,10 +74,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         trained = Trained(1e9 * args.gigabytes, ranks)
         trained.step()  # makes Adam's moments
-        trained.engine.reserve_copies()
         saver = Saver(Path(folder), ranks, keep_last=1, keep_every=0)
         steps = iter(range(1, 100))
         alone = Spread.of([seconds(trained.step) for _ in range(_SAVES)])
+        trained.engine.reserve_copies()
 
         def save(copies: bool) -> tuple[float, float, list[float]]:
             """(seconds until training may go on, until the checkpoint is there, of each step meanwhile)."""

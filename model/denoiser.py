@@ -171,14 +171,16 @@ class Denoiser(nn.Module):
                 dtype: torch.dtype, queries: str = "all", last: str = "all") -> StreamPlan:
         """Works out the layout on the CPU. queries="target": only target tokens are computed, against source keys
         from a cache; the stream given is then that of all tokens, sources first, and the plan that of the targets.
-        last="target": the last block computes target tokens only."""
-        config = self.config
+        last="target": of a stream of all tokens the last block computes the targets only."""
+        config, last_N = self.config, None
         is_global_T = global_tokens(config.attention.global_tokens, tokens_T=tokens_T, document_T=document_T,
                                     position_T=position_T, is_target_T=is_target_T, draw_T=draw_T,
                                     eos_id=config.eos_id)
         layout = TokenLayout(document_T, position_T, is_target_T, draw_T, is_global_T)
         backend, _ = choose_backend(config.attention.backend, device, dtype, config.head_dim)
-        asked = [queries] * (config.layers - 1) + [last if queries == "all" else queries]
+        asked = [queries] * config.layers
+        if queries == "all" and last == "target":
+            asked[-1], last_N = "target", is_target_T.nonzero().flatten()
         kinds = list(zip(self.patterns, asked, strict=True))
         plans = {kind: build_plan(layout, kind[0], head_dim=config.head_dim, dtype=dtype, backend=backend,
                                   queries=kind[1]) for kind in set(kinds)}
@@ -191,7 +193,7 @@ class Denoiser(nn.Module):
             neighbour_TW=neighbour_index(document_T[seen], side_T[seen], draw_T[seen],
                                          max(config.local_mixing, 1)),
             condition_T=condition_T[seen], position_T=position_T[seen], is_target_T=is_target_T[seen],
-            row_T=row_T[seen], rows=rows, last_N=is_target_T.nonzero().flatten() if last == "target" else None)
+            row_T=row_T[seen], rows=rows, last_N=last_N)
 
     def forward(self, inputs_TE: Tensor, log_snr_C: Tensor, plan: StreamPlan, source_cache: SourceCache | None = None,
                 jitter_LTD: Tensor | None = None) -> tuple[Tensor, SourceCache, list[MoEAux]]:

@@ -19,6 +19,7 @@ from model.denoiser import Denoiser, SourceCache, StreamPlan
 from model.diffusion.process import NoisyTargets, add_noise, context_free_logits
 from model.diffusion.schedule import NoiseSchedule, alpha_sigma
 from model.moe.layer import MoEAux
+from model.table_cross_entropy import table_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -175,8 +176,9 @@ class DiffusionLM(nn.Module):
             copy = batch.copy_T[at]
             return 1 / torch.bincount(copy)[copy]
 
-        states_T = torch.ones_like(batch.is_target_T) if stream.last_N is None else batch.is_target_T
-        place_T = states_T.cumsum(0) - 1
+        place_T = torch.arange(len(batch))
+        if stream.last_N is not None:
+            place_T[stream.last_N] = torch.arange(len(stream.last_N))
         return BatchPlan(stream, target_N, loss_of_target_M=batch.in_loss_T[target_N].nonzero().flatten(),
                          scored_S=scored_S, state_N=place_T[target_N], state_S=place_T[scored_S], judged_J=judged_J,
                          text_of_judged_M=batch.in_loss_T[scored_S[judged_J]].nonzero().flatten(),
@@ -250,7 +252,7 @@ class DiffusionLM(nn.Module):
             first_S1 = (self.schedule.step(draw.time_C) == 0)[batch.copy_T[plan.scored_S]][:, None]
             goal_SE = torch.where(first_S1, rows_VE[answer_S], clean_SE)
         parts = {"mse": (output_SE - goal_SE).square().mean(-1),
-                 "rounding": nn.functional.cross_entropy(self.logits(clean_SE, rows_VE), answer_S, reduction="none")}
+                 "rounding": table_cross_entropy(*self._against_table(clean_SE, rows_VE), answer_S)}
         if d.terminal_loss:
             left = alpha_sigma(torch.tensor(self.schedule.low, dtype=torch.float64))[0].item()
             parts["terminal"] = (left * self.unshifted(clean_SE)).square().mean(-1)
@@ -317,10 +319,18 @@ class DiffusionLM(nn.Module):
     def logits(self, output: Tensor, rows_VE: Tensor) -> Tensor:
         """Token logits [N, V] of a prediction. A filler that is not trained on is never predicted: where a text has
         ended, its end token says so."""
+        if self.predicts_tokens:
+            return self._without_filler(output)
+        x_NE, table_VE, bias_V = self._against_table(output, rows_VE)
+        return nn.functional.linear(x_NE, table_VE, bias_V)
+
+    def _against_table(self, output_NE: Tensor, rows_VE: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, table, bias): the logits of predicted embeddings are x @ table^T + bias."""
+        bias_V = rows_VE.new_zeros(len(rows_VE))
         if self.config.network == "bert":
-            return self._without_filler(nn.functional.linear(
-                self.unshifted(output), self.unshifted(rows_VE), self.token_bias.to(output.dtype)))
-        return self._without_filler(output if self.predicts_tokens else output @ rows_VE.T)
+            output_NE, rows_VE, bias_V = (self.unshifted(output_NE), self.unshifted(rows_VE),
+                                          self.token_bias.to(output_NE.dtype))
+        return output_NE, rows_VE, self._without_filler(bias_V)
 
     def _without_filler(self, logits_NV: Tensor) -> Tensor:
         if self.config.diffusion.loss_over != "text":

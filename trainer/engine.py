@@ -197,7 +197,7 @@ class Engine:
 
     def reserve_copies(self) -> None:
         """Begins to make the memory for the copies of `state_files`, in the background. A collective. To be called
-        after a first step, which gives the optimizer its state, and before the first copies are taken."""
+        after a first update, which gives the optimizer its state, and before the first copies are taken."""
         self._copies.reserve(self._record(lambda name, state: state, own_storage=False))
 
     def _record(self, keep: Callable[[str, object], object], own_storage: bool) -> Files:

@@ -87,7 +87,7 @@ class TrainingRun:
             stop.watch_folder(folder.path)
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
         self.saving = Saving(folder.path, Saver(folder.path, ranks, run.train.keep_last, run.train.keep_every),
-                             self.engine, run.train.async_save, self.step, self.log, self.say, watchdog)
+                             self.engine, run.train, self.step, self.log, self.say, watchdog)
         moe_layers = run.model.layers if run.model.network == "sparse" else 0
         self.metrics = StepMetrics(self.model.schedule, moe_layers, run.model.moe.experts, ranks.device,
                                    peak_flops(ranks.device, self.engine.dtype), self.expert_group)

@@ -30,7 +30,8 @@ def memory_per_rank(run: RunConfig, ds: DSConfig, world: int, parameters: int, e
         f"averaged weights{where}": 4 * shard if run.optim.ema_decay > 0 else 0,
         "activations": activation_bytes(run.model, tokens, targets, size,
                                         recomputed_layers(run.train.activation_checkpointing, run.model.layers)),
-        "backward's own": working_bytes(run.model, tokens, targets, size),
+        "backward's own": working_bytes(run.model, tokens, targets, size,
+                                        recomputed_layers(run.train.activation_checkpointing, run.model.layers)),
     }
 
 
@@ -56,22 +57,32 @@ def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: in
         stem = tokens * max(model.local_mixing, 1) * inputs * size
     else:
         stem = tokens * (inputs + 3 * width) * size
-    kept = sum(tokens * width * size if index in recomputed else block for index, block in enumerate(blocks))
-    kept += max((blocks[index] for index in recomputed), default=0)
-    # The posterior's softmax, and logits with their softmax, or the softmax of rounding.
-    distributions = (targets if model.input == "bayes" else 0) + _predicted(model, tokens, targets) * (
-        2 if model.diffusion.loss == "cross_entropy" else 1)
-    return kept + stem + distributions * _distribution_bytes(model)
+    kept = _kept_bytes(model, tokens, blocks, size, recomputed)
+    again = max((blocks[index] for index in recomputed), default=0)
+    # The posterior's softmax, and logits with their softmax; rounding keeps none.
+    distributions = (targets if model.input == "bayes" else 0) + 2 * _predicted(model, targets)
+    return sum(kept) + again + stem + distributions * _distribution_bytes(model)
 
 
-def working_bytes(model: ModelConfig, tokens: float, targets: float, size: int) -> float:
+def working_bytes(model: ModelConfig, tokens: float, targets: float, size: int,
+                  recomputed: frozenset[int] = frozenset()) -> float:
     """The most that the backward pass holds besides gradients of parameters and all that `activation_bytes` counts:
     logits with their gradient, or gradients of one block's feed-forward, when later blocks are free."""
     blocks = _block_bytes(model, tokens, targets, size)
+    kept = _kept_bytes(model, tokens, blocks, size, recomputed)
+    again = max((blocks[index] for index in recomputed), default=0)
     passing = [tokens] * (model.layers - 1) + [_last_tokens(model, tokens, targets)]
-    return max(2 * _predicted(model, tokens, targets) * _distribution_bytes(model),
-               *(count * (_experts_width(model) + 2 * model.width) * size - sum(blocks[index + 1:])
-                 for index, count in enumerate(passing)))
+    own = []
+    for index, count in enumerate(passing):
+        unused = sum(kept[index + 1:]) + again - (blocks[index] if index in recomputed else 0)
+        own.append(count * (_experts_width(model) + 2 * model.width) * size - unused)
+    return max(2 * _predicted(model, targets) * _distribution_bytes(model), *own)
+
+
+def _kept_bytes(model: ModelConfig, tokens: float, blocks: list[float], size: int,
+                recomputed: frozenset[int]) -> list[float]:
+    """What each block keeps until it is its turn in the backward pass: under activation checkpointing its input."""
+    return [tokens * model.width * size if index in recomputed else block for index, block in enumerate(blocks)]
 
 
 def _block_bytes(model: ModelConfig, tokens: float, targets: float, size: int) -> list[float]:
@@ -101,10 +112,9 @@ def _last_tokens(model: ModelConfig, tokens: float, targets: float) -> float:
     return targets if model.last_block_of == "target" else tokens
 
 
-def _predicted(model: ModelConfig, tokens: float, targets: float) -> float:
-    """Tokens whose distribution over the vocabulary the losses need."""
-    whole = model.diffusion.loss == "mse" and model.diffusion.loss_over == "document"
-    return tokens if whole else targets
+def _predicted(model: ModelConfig, targets: float) -> float:
+    """Tokens of which the loss holds a distribution over the vocabulary."""
+    return targets if model.diffusion.loss == "cross_entropy" else 0
 
 
 def _distribution_bytes(model: ModelConfig) -> int:

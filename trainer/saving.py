@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from trainer.checkpoint import SaveOutcome, Saver
+from trainer.config import TrainConfig
 from trainer.engine import Engine
 from trainer.errors import CheckpointError
 from trainer.metrics import MetricsLog
@@ -16,10 +17,10 @@ from trainer.watchdog import Watchdog
 class Saving:
     """The saves of one run. All methods are collectives. saved_at: the step of the newest checkpoint."""
 
-    def __init__(self, run_dir: Path, saver: Saver, engine: Engine, in_background: bool, saved_at: int,
+    def __init__(self, run_dir: Path, saver: Saver, engine: Engine, run: TrainConfig, saved_at: int,
                  log: MetricsLog, say: Callable[[str], None], watchdog: Watchdog):
-        self._run_dir, self._saver, self._engine, self._in_background = run_dir, saver, engine, in_background
-        self._may_reserve = in_background
+        self._run_dir, self._saver, self._engine, self._in_background = run_dir, saver, engine, run.async_save
+        self._may_reserve = run.async_save and 0 < run.save_every < run.steps
         self._log, self._say, self._watchdog = log, say, watchdog
         self._saved_at = saved_at
         self._problem: str | None = None
@@ -37,8 +38,8 @@ class Saving:
         self._log.write("event", step, {"event": "saving", "stall_seconds": round(stall, 3)})
 
     def after_step(self) -> None:
-        """Tells the user of a save that has ended meanwhile; after the first step, prepares for the first save."""
-        if self._may_reserve:
+        """Tells the user of a save that has ended meanwhile; after the first update, prepares for the first save."""
+        if self._may_reserve and self._engine.updates:
             self._may_reserve = False
             self._engine.reserve_copies()
         self._tell(self._saver.finished())

@@ -23,21 +23,24 @@ class HostCopies:
         self._reserving: threading.Thread | None = None
 
     def reserve(self, files: Files) -> None:
-        """Begins to make the memory for copies of such states, which may change meanwhile, and returns."""
-        def copy_all() -> None:
+        """Begins to make the memory for copies of such states, and returns."""
+        def make(place: torch.Tensor, item: torch.Tensor) -> torch.Tensor:
+            return place if place.is_pinned() else place.zero_()  # only what is written to is there
+
+        def make_all() -> None:
             try:
                 for name, state in files.items():
-                    self._copy(name, state)
+                    self._each(name, state, make)
             except RuntimeError:  # there is not enough memory: `take` will say so
                 self._held.clear()
 
-        self._reserving = threading.Thread(target=copy_all, name="host copies", daemon=True)
+        self._reserving = threading.Thread(target=make_all, name="host copies", daemon=True)
         self._reserving.start()
 
     def take(self, name: str, state: object) -> object:
         """A copy of `state` that no later training step changes. It lasts until the next call with this name."""
         self.join()
-        return self._copy(name, state)
+        return self._each(name, state, lambda place, item: place.copy_(item.detach(), non_blocking=True))
 
     def join(self) -> dict[str, list[torch.Tensor]]:
         """Waits until the memory that is being reserved is there. All that is held: file's name -> its tensors."""
@@ -46,7 +49,8 @@ class HostCopies:
             self._reserving = None
         return self._held
 
-    def _copy(self, name: str, state: object) -> object:
+    def _each(self, name: str, state: object, fill: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> object:
+        """`state` with each tensor replaced by what `fill` makes of its place on the host and itself."""
         held, used, done = iter(self._held.get(name, [])), [], {}
 
         def copied(item: object) -> object:
@@ -57,7 +61,7 @@ class HostCopies:
                     if place is None or place.shape != item.shape or place.dtype != item.dtype:
                         place = torch.empty(item.shape, dtype=item.dtype, pin_memory=item.is_cuda)
                     used.append(place)
-                    done[key] = place.copy_(item.detach(), non_blocking=True)
+                    done[key] = fill(place, item)
                 return done[key]
             if isinstance(item, dict):
                 return type(item)((key, copied(value)) for key, value in item.items())

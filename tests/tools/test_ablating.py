@@ -203,7 +203,8 @@ def test_time_of_training_is_without_starts_and_interruptions():
 
 def test_routing_by_position_in_bits():
     even, split = [[[0.5, 0.5]] * 10], [[[1.0, 0.0]] * 5 + [[0.0, 1.0]] * 5]
-    for share, bits in ((even, 0.0), (split, 1.0), (even + split, 0.5)):
+    targets_only = [[[0.0, 0.0]] * 7 + [[0.5, 0.5]] * 3]
+    for share, bits in ((even, 0.0), (split, 1.0), (even + split, 0.5), (targets_only, 0.0)):
         found = expert_use({"expert_share_by_position": share, "expert_variation_by_layer": [0.2] * len(share)})
         assert found == pytest.approx({"expert_variation": 0.2, "position_routing": bits})
     assert expert_use({}) == {}

@@ -119,9 +119,11 @@ def expert_use(line: dict) -> dict[str, float]:
     """
     if "expert_share_by_position" not in line:
         return {}
-    share_LBE = np.array(line["expert_share_by_position"])
-    return {"expert_variation": fmean(line["expert_variation_by_layer"]),
-            "position_routing": float((_bits(share_LBE.mean(1)) - _bits(share_LBE).mean(1)).mean())}
+    bits_L = []
+    for share_BE in np.array(line["expert_share_by_position"]):
+        share_BE = share_BE[share_BE.any(1)]  # tenths of which tokens pass the layer: not all, if it is the last
+        bits_L.append(_bits(share_BE.mean(0)) - _bits(share_BE).mean())
+    return {"expert_variation": fmean(line["expert_variation_by_layer"]), "position_routing": float(fmean(bits_L))}
 
 
 def _bits(share: np.ndarray) -> np.ndarray:

@@ -154,6 +154,7 @@ def _use(run: Run, named: bool) -> str:
     groups = np.array_split(np.arange(len(step_S)), min(columns, len(step_S)))
     last = lines_with[-1]
     by_position_LBE = count * np.array(last["expert_share_by_position"])
+    by_position_LBE[~by_position_LBE.any(-1)] = np.nan  # no tokens of this tenth pass the layer: left blank
     by_noise_LBE = count * np.array(last["expert_share_by_noise"])
     tenths, levels = by_position_LBE.shape[1], by_noise_LBE.shape[1]
     percent = [100 * (tenth + 0.5) / tenths for tenth in range(tenths)]
