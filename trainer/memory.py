@@ -57,8 +57,7 @@ def activation_bytes(model: ModelConfig, tokens: float, targets: float, size: in
         stem = tokens * max(model.local_mixing, 1) * inputs * size
     else:
         stem = tokens * (inputs + 3 * width) * size
-    kept = _kept_bytes(model, tokens, blocks, size, recomputed)
-    again = max((blocks[index] for index in recomputed), default=0)
+    kept, again = _kept_bytes(model, tokens, blocks, size, recomputed)
     # The posterior's softmax, and logits with their softmax; rounding keeps none.
     distributions = (targets if model.input == "bayes" else 0) + 2 * _predicted(model, targets)
     return sum(kept) + again + stem + distributions * _distribution_bytes(model)
@@ -69,8 +68,7 @@ def working_bytes(model: ModelConfig, tokens: float, targets: float, size: int,
     """The most that the backward pass holds besides gradients of parameters and all that `activation_bytes` counts:
     logits with their gradient, or gradients of one block's feed-forward, when later blocks are free."""
     blocks = _block_bytes(model, tokens, targets, size)
-    kept = _kept_bytes(model, tokens, blocks, size, recomputed)
-    again = max((blocks[index] for index in recomputed), default=0)
+    kept, again = _kept_bytes(model, tokens, blocks, size, recomputed)
     passing = [tokens] * (model.layers - 1) + [_last_tokens(model, tokens, targets)]
     own = []
     for index, count in enumerate(passing):
@@ -80,9 +78,11 @@ def working_bytes(model: ModelConfig, tokens: float, targets: float, size: int,
 
 
 def _kept_bytes(model: ModelConfig, tokens: float, blocks: list[float], size: int,
-                recomputed: frozenset[int]) -> list[float]:
-    """What each block keeps until it is its turn in the backward pass: under activation checkpointing its input."""
-    return [tokens * model.width * size if index in recomputed else block for index, block in enumerate(blocks)]
+                recomputed: frozenset[int]) -> tuple[list[float], float]:
+    """What each block keeps until it is its turn in the backward pass, under activation checkpointing its input; and
+    the most that a block worked out again then keeps."""
+    kept = [tokens * model.width * size if index in recomputed else block for index, block in enumerate(blocks)]
+    return kept, max((blocks[index] for index in recomputed), default=0)
 
 
 def _block_bytes(model: ModelConfig, tokens: float, targets: float, size: int) -> list[float]:
