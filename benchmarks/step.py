@@ -7,10 +7,9 @@ are 512 wide with 8 heads and 4 layers; the feed-forward of 8 experts, top-2, do
 2,048. An eighth of a document, at most 256 tokens, is its target. The vocabulary is cut from 16,384 as the depth is
 from 12 layers, so that the output keeps its share. The last block of `long_doc` leaves sources out, which counts for
 more in 4 layers than in 12: for 12, with the same vocabulary, the ratio is worked out from the median times of 2 and
-of 4 layers. The original is
-transformers' BERT encoder with DiffuSeq's projections and loss, without dropout; as published it drops 0.1, of the
-attention weights too, for which PyTorch holds all of them. Both are extended to the length. CPU time, contenders taking
-turns.
+of 4 layers. The original is transformers' BERT encoder with DiffuSeq's projections and loss, without dropout; as
+published it drops 0.1, of the attention weights too, for which PyTorch holds all of them. Both are extended to the
+length. CPU time, contenders taking turns.
 
 Limits: FLOPs are those of the shapes (`model/flops.py`), against those of matrix products of 2,048 x 2,048 on the same
 core; time is divided among kinds of operations by PyTorch's profiler.
