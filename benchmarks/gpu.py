@@ -281,7 +281,7 @@ def measure_step(bench: Bench, length: int, is_goal: bool) -> None:
         plan = model.prepare(batch, device=bench.device, dtype=bench.dtype).to(bench.device)
         flops = training_flops(config, plan, copies)
         draw, moved = training_draw(batch, config, 0, 0).to(bench.device), batch.to(bench.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=bench.device.type == "cuda")
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
         counts = int(batch.in_loss_T.sum()), len(batch), int(batch.is_target_T.sum())
 
         def step(model=model, plan=plan, draw=draw, optimizer=optimizer, moved=moved, counts=counts) -> None:

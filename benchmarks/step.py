@@ -81,7 +81,7 @@ def config_of(recipe: str, documents: Documents, layers: int = LAYERS) -> ModelC
 
 
 def updated(model: torch.nn.Module, loss: Callable[[], torch.Tensor]) -> Run:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
 
     def step() -> None:
         loss().backward()
@@ -171,10 +171,7 @@ def compare(report: Report, lengths: list[int], tokens: int, repeats: int) -> li
 
 
 def deep_seconds(times: Times, name: str) -> float:
-    """Seconds in DEEP layers: those of LAYERS, and as much for each further layer as for those that LAYERS have more
-    than SHALLOW."""
-    whole, less = times.seconds(name).value, times.seconds(f"{name}, shallow").value
-    return whole + (DEEP - LAYERS) / (LAYERS - SHALLOW) * (whole - less)
+    return times.deeper(name, f"{name}, shallow", LAYERS, SHALLOW, DEEP)
 
 
 KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm"),

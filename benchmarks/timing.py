@@ -10,6 +10,8 @@ from typing import NamedTuple
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
+WARM_UPS = 2
+"""Runs before the clock counts: the second still asks the system for memory, as freed blocks fit into others."""
 
 
 class Spread(NamedTuple):
@@ -37,11 +39,17 @@ class Times(dict[str, list[float]]):
         """How many times as fast the second is, turn by turn."""
         return Spread.of([slow / fast for slow, fast in zip(self[slower], self[faster], strict=True)])
 
+    def deeper(self, name: str, shallow: str, layers: int, fewer: int, deep: int) -> float:
+        """Median seconds of `name` in `deep` instead of `layers` layers: as much for each further layer as for those
+        that it has more than `shallow`, which has `fewer`."""
+        whole, less = self.seconds(name).value, self.seconds(shallow).value
+        return whole + (deep - layers) / (layers - fewer) * (whole - less)
+
 
 def take_turns(runs: Mapping[str, Run], repeats: int, *, clock: Callable[[], float] = time.process_time) -> Times:
-    """Runs every contender once to warm up, then `repeats` times, one after the other. The clock is CPU time, which is
+    """Runs every contender `WARM_UPS` times, then `repeats` times, one after the other. The clock is CPU time, which is
     wall time on an idle machine and says more on a busy one."""
-    for run in runs.values():
+    for run in (*runs.values(),) * WARM_UPS:
         run()
     times = Times({name: [] for name in runs})
     for _ in range(repeats):

@@ -88,7 +88,7 @@ def devices() -> Iterator[Finding]:
     """GPUs, cores, memory, allocator."""
     import torch
 
-    from model.allocator import keep_freed_memory
+    from model.allocator import SETTINGS, keep_freed_memory
 
     for index in range(torch.cuda.device_count()):
         gpu = torch.cuda.get_device_properties(index)
@@ -102,8 +102,10 @@ def devices() -> Iterator[Finding]:
     yield Finding(OK, "devices", "CPU", f"{cores} core{'s' * (cores > 1)} for this process, {platform.machine()}")
     yield Finding(OK, "devices", "RAM", f"{_memory() / _GB:.1f} GB")
     kept = keep_freed_memory()
+    settings = " ".join(name for name in SETTINGS if name in os.environ)
+    why = f"as {settings} in the environment says" if settings else "not glibc"
     yield Finding(OK if kept else NOTE, "devices", "allocator", "glibc, keeps the memory that tensors free" if kept else
-                  "not glibc: on a CPU long documents are slower, as freed memory goes back to the system")
+                  f"{why}: on a CPU long documents are slower, where freed memory goes back to the system")
 
 
 def kernels() -> Iterator[Finding]:

@@ -53,6 +53,9 @@ def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
     table = ["", f"memory of a rank of {world} (estimated; activations for a micro-batch of full rows)",
              *(f"  {name:<24} {size / 2**30:9.3f} GiB" for name, size in memory.items()),
              f"  {'in all':<24} {sum(memory.values()) / 2**30:9.3f} GiB"]
+    if device == "cpu":
+        table.append("Freed memory is kept for speed, and leaves holes: a process may take half as much again. With "
+                     "MALLOC_MMAP_THRESHOLD_=1048576 in the environment it goes back to the system instead.")
     return "\n".join([to_toml(run), *(f"{ds.path}: {notice}" for notice in ds.notices), *lines, *table])
 
 

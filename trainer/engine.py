@@ -81,7 +81,7 @@ class Engine:
         if ds.offload_optimizer:
             from deepspeed.ops.adam import DeepSpeedCPUAdam
             return DeepSpeedCPUAdam(groups, adamw_mode=True, **settings)
-        return torch.optim.AdamW(groups, fused=self.ranks.device.type == "cuda", **settings)
+        return torch.optim.AdamW(groups, fused=True, **settings)
 
     def forward(self, *inputs) -> LossReport:
         """The loss of one micro-batch."""

@@ -1,9 +1,12 @@
 """--dry_run: figures against what is measured, and every preset with every shipped DeepSpeed JSON."""
 
+import ctypes
 import itertools
 import json
+import os
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -90,11 +93,19 @@ def test_memory_is_near_what_a_step_allocates(recipe):
     assert expected[1] - expected[0] == pytest.approx(allocated[1] - allocated[0], rel=0.25)
 
 
-def peak_noting_rank(command, folder, rank, world, port):
-    """Writes down how far the memory of this process grows after its imports."""
+def peak_noting_rank(command, folder, rank, world, port, mmap_threshold):
+    """Writes down how far the memory of this process grows after its imports.
+
+    mmap_threshold: from what size glibc gives a block pages of its own, in bytes, as if the process had been started
+    with MALLOC_MMAP_THRESHOLD_; None where the environment does not say.
+    """
     def resident(kind: str) -> int:
         return int(re.search(rf"{kind}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 
+    if mmap_threshold is not None:
+        os.environ["MALLOC_MMAP_THRESHOLD_"] = str(mmap_threshold)
+        m_mmap_threshold = -3
+        assert ctypes.CDLL(None).mallopt(m_mmap_threshold, mmap_threshold)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak counts from now on
     run_rank(command, folder, rank, world, port)
@@ -102,9 +113,12 @@ def peak_noting_rank(command, folder, rank, world, port):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recipe", ["long_doc", "moe_diffuseq"])
-def test_activations_are_near_what_a_run_uses(launcher, tmp_path, recipe):
-    """Between two runs that differ in the length of their rows; all else that a process takes is in both."""
+@pytest.mark.parametrize(("recipe", "mmap_threshold", "most"), [
+    *((recipe, 2**20, 1.25) for recipe in RECIPES),
+    ("long_doc", None, 1.25), ("moe_diffuseq", None, 1.25), ("diffuseq", None, 1.6)])
+def test_activations_are_near_what_a_run_uses(launcher, tmp_path, recipe, mmap_threshold, most):
+    """Between two runs that differ in the length of their rows; all else that a process takes is in both. Blocks of
+    many sizes in one heap leave holes, most of all in the dense network."""
     random = np.random.default_rng(0)
     words = np.array(["".join(letters) for letters in random.choice(list("abcdefghij"), (800, 5))])
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(
@@ -118,13 +132,14 @@ def test_activations_are_near_what_a_run_uses(launcher, tmp_path, recipe):
         settings = sizes | {"data.train": "train.jsonl", "data.valid": "", "data.test": ""}
         command = ["--ds_config", str(ds), "--recipe", recipe, "--run_dir", f"run{row_tokens}",
                    *(word for key, value in settings.items() for word in ("--set", f"{key}={value}"))]
-        codes, printed = launch(launcher, tmp_path, command, 1, 240, rank_main=peak_noting_rank)
+        codes, printed = launch(launcher, tmp_path, command, 1, 240,
+                                rank_main=partial(peak_noting_rank, mmap_threshold=mmap_threshold))
         assert codes == [0], printed
         used.append(int((tmp_path / "peak0").read_text()))
         run = load("tiny", recipe, overrides=[f"{key}={value}" for key, value in sizes.items()])
         run = replace(run, model=replace(run.model, vocab_size=run.data.vocab_size))
         expected.append(sum(memory_per_rank(run, load_ds_config(ds), 1, 0, 0).values()))
-    assert expected[1] - expected[0] == pytest.approx(used[1] - used[0], rel=0.25)
+    assert 0.75 < (used[1] - used[0]) / (expected[1] - expected[0]) < most
 
 
 def test_states_follow_zeros_rules():

@@ -18,7 +18,8 @@ _SIGHTED = "greedy extractive oracle"
 _USUAL = {"text": ("bleu", "rougeL"), "answers": ("f1", "exact_match"), "labels": ("accuracy",)}
 _DEFAULT = ("slots", "supported", "cross_entropy", "distinct2", "self_bleu", "length_ratio", "empty", "steps",
             "minutes", "seconds_per_text")
-_DECIMALS = {**dict.fromkeys(MATCHED, 3), "length_ratio": 2, "minutes": 1, "memory_gb": 2}
+_DECIMALS = {**dict.fromkeys(MATCHED, 3), "expert_variation": 2, "position_routing": 3, "length_ratio": 2, "minutes": 1,
+             "memory_gb": 2}
 
 
 def write(results: dict, folder: Path, name: str) -> Path:
@@ -128,7 +129,7 @@ def _drawings(results: dict, data: dict) -> list:
         return [each for each in drawn if each is not None]
     name = columns(results, data)[0]
     values = [(_name(row), statistics.fmean(row["values"][name])) for row in data["rows"] if name in row["values"]]
-    return [ranking(HEADS[name], values)] if values else []
+    return [ranking(HEADS[name], values, _DECIMALS.get(name, 1))] if values else []
 
 
 def _name(row: dict) -> str:

@@ -41,10 +41,11 @@ def curves(plot: dict, rows: Sequence[dict], heads: dict[str, str]) -> Drawing |
     return Drawing(title, _alone(title, charts.lines(title, series, x=x, y=heads[plot["y"]], marks=True), series))
 
 
-def ranking(measure: str, values: Sequence[tuple[str, float]]) -> Drawing:
+def ranking(measure: str, values: Sequence[tuple[str, float]], decimals: int) -> Drawing:
     """One measure of all rows as bars."""
     letters = max(len(name) for name, _ in values)
-    figure = charts.bars(measure, [("", [(name, value, 0) for name, value in values])], letters=letters)
+    group = "", [(name, value, 0) for name, value in values]
+    figure = charts.bars(measure, [group], letters=letters, decimals=decimals)
     return Drawing(measure, _alone(measure, figure, []))
 
 

@@ -134,8 +134,9 @@ def panels(title: str, cells: Sequence[tuple[str, Sequence[Series]]], *, y: str,
 
 
 def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float, int]]]], *, note: str = "",
-         letters: int = 24) -> str:
-    """Horizontal bars from 0 in named groups of (name, value, colour). letters: of a name, before it is cut."""
+         letters: int = 24, decimals: int = 1) -> str:
+    """Horizontal bars from 0 in named groups of (name, value, colour). letters: of a name, before it is cut.
+    decimals: of the values beside the bars."""
     room = round(6.6 * letters)
     longest = max(value for _, group in groups for _, value, _ in group) or 1.0
     drawing, top = [], 0
@@ -146,8 +147,8 @@ def bars(title: str, groups: Sequence[tuple[str, Sequence[tuple[str, float, int]
             length = 190 * value / longest
             drawing.append(f"<text x={room} y={top + 11} text-anchor=end>{escape(_short(label, letters))}</text>"
                            f'<rect class="bar c{colour % COLOURS}" x={room + 6} y={top + 1} width={length:.1f} '
-                           f"height=12 rx=2><title>{escape(label)}: {value:.1f}</title></rect>"
-                           f"<text x={room + 10 + length:.1f} y={top + 11}>{value:.1f}</text>")
+                           f"height=12 rx=2><title>{escape(label)}: {value:.{decimals}f}</title></rect>"
+                           f"<text x={room + 10 + length:.1f} y={top + 11}>{value:.{decimals}f}</text>")
             top += 17
         top += 8
     return figure(title, svg(title, "".join(drawing), room + 242, top), note)
