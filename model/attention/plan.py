@@ -5,7 +5,7 @@ mode. The allowed pairs are then the disjoint union of
 
 1. windows: per dilation, windowed attention along each residue class of each stream. Global tokens that lead their
    stream are left out of it;
-2. global queries: they see their whole stream (and replace what part 1 gave the scattered ones among them);
+2. global queries: they see their whole stream (and replace what parts 1 and 3 gave the scattered ones among them);
 3. leading global keys: all other queries of the stream see them;
 4. scattered global keys: all other queries see them where the window does not cover them;
 5. cached mode: target queries see the source of their document.
@@ -107,16 +107,16 @@ def build_plan(layout: TokenLayout, pattern: AttentionPattern, *, head_dim: int,
     asking_N = slice(None) if queries == "all" else target_N
     streams = _Streams.of(token_N[asking_N], owner_N[asking_N], query_T, layout.is_global_T)
     everyone_N, scattered_N = torch.ones_like(streams.global_N), streams.global_N & ~streams.leads_N
-    windows = _windows(streams, pattern, kernel)
     whole = _whole(streams, streams.global_N, everyone_N, heads, kernel, sets_rows=True)
     replaced_Q = streams.query_N[scattered_N]
+    parts = [replace(part, sets_keys=len(replaced_Q) > 0 or not whole) for part in _windows(streams, pattern, kernel)]
+    # All but the leading ones ask, so that their rows are consecutive.
+    parts += _whole(streams, ~streams.leads_N, streams.leads_N, heads, kernel, counted_N=~streams.global_N)
     if len(replaced_Q):
-        windows = [replace(part, sets_keys=True, replaced=True) for part in windows]
-        parts = [*windows, *whole, *_scattered(streams, scattered_N, pattern, kernel)]
+        parts = [replace(part, replaced=True) for part in parts]
+        parts += [*whole, *_scattered(streams, scattered_N, pattern, kernel)]
     else:
-        parts = [replace(part, sets_keys=True) for part in whole]
-        parts += [replace(part, sets_keys=not whole) for part in windows]
-    parts += _whole(streams, ~streams.global_N, streams.leads_N, heads, kernel)
+        parts = [*(replace(part, sets_keys=True) for part in whole), *parts]
     if pattern.cached:
         documents = _Streams.of(token_N, layout.document_T[token_N], query_T, layout.is_global_T)
         parts += _whole(documents, target_N, ~target_N, heads, kernel)
@@ -209,8 +209,10 @@ def _residue_classes(length_S: Tensor, dilation: int) -> tuple[Tensor, Tensor]:
 
 
 def _whole(streams: _Streams, asking_N: Tensor, seen_N: Tensor, heads: int, kernel: Callable[..., Kernel],
-           sets_rows: bool = False) -> list[Part]:
-    """Every asking token sees every seen token of its stream: parts 2, 3 and 5."""
+           sets_rows: bool = False, counted_N: Tensor | None = None) -> list[Part]:
+    """Every asking token sees every seen token of its stream: parts 2, 3 and 5. counted_N: of the asking ones, those
+    whose pairs count, if not all."""
+    counted_S = streams.lengths(asking_N if counted_N is None else counted_N)
     asking_S, seen_S = streams.lengths(asking_N), streams.lengths(seen_N)
     both_S = (asking_S > 0) & (seen_S > 0)
     if not both_S.any():
@@ -218,7 +220,7 @@ def _whole(streams: _Streams, asking_N: Tensor, seen_N: Tensor, heads: int, kern
     asking_S, seen_S, both_N = asking_S[both_S], seen_S[both_S], both_S[streams.stream_N]
     return [Part(kernel(Segments.of(asking_S, seen_S), heads=heads), slice(0, heads),
                  _rows(streams.query_N[asking_N & both_N]), _rows(streams.token_N[seen_N & both_N]),
-                 int((asking_S * seen_S).sum()) * heads, sets_rows=sets_rows)]
+                 int((counted_S[both_S] * seen_S).sum()) * heads, sets_rows=sets_rows)]
 
 
 def _scattered(streams: _Streams, key_N: Tensor, pattern: AttentionPattern, kernel: Callable[..., Kernel],

@@ -11,6 +11,7 @@ from collections import namedtuple
 import pytest
 import torch
 
+from model.allocator import keep_freed_memory
 from model.attention.backends import choose_backend as choose_attention
 from model.moe.backends import choose_backend as choose_experts
 from tests.trainer.launching import ROOT
@@ -69,6 +70,13 @@ def test_versions_are_held_against_the_pins(monkeypatch, found, state, text):
 def test_old_python_fails(monkeypatch):
     monkeypatch.setattr(sys, "version_info", (3, 10, 9))
     assert states(doctor.versions(""))["python"] == "FAILS"
+
+
+def test_settings_of_the_allocator_stand(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1048576")
+    finding = next(each for each in doctor.devices() if each.name == "allocator")
+    assert finding.state == "note" and "as MALLOC_MMAP_THRESHOLD_ in the environment says" in finding.text
+    assert not keep_freed_memory()
 
 
 def test_every_pin_of_the_requirements_is_looked_at():
