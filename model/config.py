@@ -194,8 +194,11 @@ class ModelConfig:
              f"{m.top_k} of {m.experts} experts: must lie between 1 and model.moe.experts")
         need(0 <= m.jitter < 1, "model.moe.jitter", f"must lie in [0, 1), not {m.jitter}")
         need(m.shared_ffn >= 0, "model.moe.shared_ffn", f"must be 0 or positive, not {m.shared_ffn}")
-        need(self.local_mixing == 0 or self.local_mixing % 2 == 1, "model.local_mixing",
-             f"must be odd, or 0 for none, not {self.local_mixing}")
+        for key, value in (("model.moe.balance_weight", m.balance_weight), ("model.moe.z_weight", m.z_weight)):
+            need(value >= 0, key, f"must be 0 or positive, not {value}")
+        need(a.rope_base > 0, "model.attention.rope_base", f"must be positive, not {a.rope_base}")
+        need(self.local_mixing == 0 or (self.local_mixing > 0 and self.local_mixing % 2 == 1), "model.local_mixing",
+             f"must be odd and positive, or 0 for none, not {self.local_mixing}")
         choices = {"model.network": (self.network, ("sparse", "bert")),
                    "model.input": (self.input, ("bayes", "noisy")),
                    "model.diffusion.schedule": (d.schedule, ("log_snr", "sqrt", "cosine", "linear")),

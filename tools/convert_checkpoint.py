@@ -48,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="safetensors: all weights in one file; model: a folder with configuration and vocabulary; "
                              "huggingface: the same with code, tokenizer and model card, for transformers; "
                              "checkpoint: a training state to resume from; universal: DeepSpeed's form of one "
-                             "(which it loads in ZeRO-3)")
+                             "(for other tools; docs/conversion.md)")
     weights = parser.add_argument_group("safetensors, model and huggingface")
     weights.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights (default: fp32)")
     weights.add_argument("--weights", choices=("average", "trained"),

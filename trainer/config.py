@@ -105,7 +105,7 @@ class EvalConfig:
     documents: int = 64
     """Documents of `data.valid` to evaluate; fewer if it has fewer."""
     noise_levels: int = 10
-    """Levels of log-SNR, evenly spaced over the range that is trained on."""
+    """Levels of noise, at the middles of as many equal slices of time."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +195,8 @@ class RunConfig:
                         "train.hang_minutes": t.hang_minutes}
         for key, value in not_negative.items():
             need(value >= 0, key, f"must be 0 or positive, not {value}")
+        for key, value in (("train.seed", t.seed), ("sample.seed", s.seed)):
+            need(value < 2**63, key, f"must be below 2^63, not {value}")
         need(len(o.betas) == 2 and all(0 <= beta < 1 for beta in o.betas), "optim.betas",
              f"must be two numbers in [0, 1), not {o.betas}")
         need(0 <= o.ema_decay < 1, "optim.ema_decay", f"must lie in [0, 1), not {o.ema_decay}")

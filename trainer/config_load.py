@@ -173,8 +173,11 @@ def _converted(value: object, hint: object) -> object | None:
         items = [_converted(item, *get_args(hint)) for item in value] if get_args(hint) else value
         return None if None in items else items
     if hint is float:
-        number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-        return float(value) if number else None
+        try:
+            number = float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+        except OverflowError:  # an integer beyond all floats
+            return None
+        return number if math.isfinite(number) else None
     if isinstance(value, bool) and hint is not bool:
         return None
     return value if isinstance(value, hint) else None

@@ -15,16 +15,24 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from model.errors import ConfigError
 from trainer.config import describe
 
 SHIPPED = Path(__file__).resolve().parents[1] / "ds_configs"
 
+
+class Count(NamedTuple):
+    """A whole number of at least `least`, which may be written as 5e8."""
+
+    least: int
+
+
 _NUMBER = (int, float)
 # Key -> type of its value, or the keys of its section.
 _OFFLOAD = {"device": str, "pin_memory": bool}
-KEYS: dict[str, type | tuple | dict] = {
+KEYS: dict[str, type | tuple | Count | dict] = {
     "train_micro_batch_size_per_gpu": int,
     "gradient_accumulation_steps": int,
     "gradient_clipping": _NUMBER,
@@ -32,26 +40,26 @@ KEYS: dict[str, type | tuple | dict] = {
         "stage": int,
         "contiguous_gradients": bool,
         "reduce_scatter": bool,
-        "reduce_bucket_size": _NUMBER,
+        "reduce_bucket_size": Count(1),
         "allgather_partitions": bool,
-        "allgather_bucket_size": _NUMBER,
+        "allgather_bucket_size": Count(1),
         "overlap_comm": bool,
         "round_robin_gradients": bool,
-        "sub_group_size": _NUMBER,
-        "stage3_prefetch_bucket_size": _NUMBER,
-        "stage3_param_persistence_threshold": _NUMBER,
-        "stage3_model_persistence_threshold": _NUMBER,
-        "stage3_max_live_parameters": _NUMBER,
-        "stage3_max_reuse_distance": _NUMBER,
+        "sub_group_size": Count(1),
+        "stage3_prefetch_bucket_size": Count(0),
+        "stage3_param_persistence_threshold": Count(0),
+        "stage3_model_persistence_threshold": Count(0),
+        "stage3_max_live_parameters": Count(0),
+        "stage3_max_reuse_distance": Count(0),
         "offload_optimizer": _OFFLOAD,
     },
     "bf16": {"enabled": bool, "check_grad_overflow": bool},
     "fp16": {
         "enabled": bool,
         "loss_scale": _NUMBER,
-        "initial_scale_power": int,
-        "loss_scale_window": int,
-        "hysteresis": int,
+        "initial_scale_power": Count(0),
+        "loss_scale_window": Count(1),
+        "hysteresis": Count(1),
         "consecutive_hysteresis": bool,
         "min_loss_scale": _NUMBER,
     },
@@ -61,9 +69,9 @@ KEYS: dict[str, type | tuple | dict] = {
     "comms_logger": {"enabled": bool, "verbose": bool, "prof_all": bool, "debug": bool, "prof_ops": list},
     "flops_profiler": {
         "enabled": bool,
-        "profile_step": int,
+        "profile_step": Count(1),
         "module_depth": int,
-        "top_modules": int,
+        "top_modules": Count(1),
         "detailed": bool,
         "output_file": str,
     },
@@ -197,6 +205,11 @@ def _check_keys(section: dict, known: dict, path: Path, prefix: str = "") -> Non
             if not isinstance(value, dict):
                 raise ConfigError(dotted, f"must be an object, not {json.dumps(value)} ({path})")
             _check_keys(value, expected, path, dotted + ".")
+        elif isinstance(expected, Count):
+            if isinstance(value, bool) or not isinstance(value, _NUMBER) or not (
+                    math.isfinite(value) and value == int(value) >= expected.least):
+                raise ConfigError(dotted, f"must be a whole number of at least {expected.least}, not "
+                                  f"{json.dumps(value)} ({path})")
         elif not isinstance(value, expected) or (isinstance(value, bool) and expected is not bool):
             name = "a number" if expected is _NUMBER else f"of type {expected.__name__}"
             raise ConfigError(dotted, f"must be {name}, not {json.dumps(value)} ({path})")
@@ -230,6 +243,9 @@ def resolve(values: dict, path: Path) -> DSConfig:
     enabled = [name for name in ("bf16", "fp16") if values.get(name, {}).get("enabled", False)]
     need(len(enabled) < 2, "fp16", "and bf16 are both enabled: keep bf16")
     precision = enabled[0] if enabled else "fp32"
+    for key in ("loss_scale", "min_loss_scale"):
+        scale = values.get("fp16", {}).get(key, 0)
+        need(math.isfinite(scale) and scale >= 0, f"fp16.{key}", f"must be 0 or positive, not {scale}")
     need(values.get("bf16", {}).get("check_grad_overflow", True), "bf16.check_grad_overflow",
          "is false, but steps with bad gradients are skipped through it: remove it")
 

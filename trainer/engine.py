@@ -38,7 +38,7 @@ def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:
     elif optim.schedule == "cosine":
         height = 0.5 * (1 + math.cos(math.pi * done))
     else:  # wsd
-        left = (steps - step) / max(1.0, optim.decay_fraction * steps)
+        left = (steps - 1 - step) / max(1.0, optim.decay_fraction * steps)
         height = min(1.0, left)
     return optim.lr * (optim.min_lr_ratio + (1 - optim.min_lr_ratio) * height)
 

@@ -15,8 +15,8 @@ class Report:
 
     loss: float
     """Its share of the step's loss."""
-    stop: bool
-    """It was asked to stop."""
+    stop: int
+    """Why it was asked to stop, as `StopRequest.wish` says it; 0 if it was not."""
     save: bool
     """It was asked to save."""
     seconds: float
@@ -28,4 +28,4 @@ def exchange(mine: Report, ranks: Ranks) -> list[Report]:
     table = torch.zeros(ranks.world, len(astuple(mine)), dtype=torch.float64)
     table[ranks.rank] = torch.tensor([float(value) for value in astuple(mine)], dtype=torch.float64)
     torch.distributed.all_reduce(table, group=ranks.control)
-    return [Report(loss, bool(stop), bool(save), seconds) for loss, stop, save, seconds in table.tolist()]
+    return [Report(loss, int(stop), bool(save), seconds) for loss, stop, save, seconds in table.tolist()]

@@ -160,7 +160,7 @@ class TrainingRun:
                 measured = measured + self.times.measure(batch, plan, draw, report)
             self.engine.accumulate(last=index == len(micro_batches) - 1)
         # The step's only wait for the device; the optimizer would wait here itself, for the norm.
-        reports = exchange(Report(self.metrics.step_loss.item(), self.stop.wanted, self.stop.take_save(), seconds),
+        reports = exchange(Report(self.metrics.step_loss.item(), self.stop.wish, self.stop.take_save(), seconds),
                            self.ranks)
         self.seconds_W = [sum(pair) for pair in zip(self.seconds_W, (each.seconds for each in reports), strict=True)]
         applied = self._update(info, [each.loss for each in reports])
@@ -171,7 +171,7 @@ class TrainingRun:
         trace = self.profiler.after(self.step)
         if trace is not None:
             self.say(f"step {self.step}: profile written to {trace}")
-        self.stopping = self.stop.agree(any(each.stop for each in reports))
+        self.stopping = self.stop.agree(max(each.stop for each in reports))
         return any(each.save for each in reports)
 
     def _update(self, info: StepInfo, share_W: list[float]) -> bool:

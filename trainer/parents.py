@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.errors import ExitCode
-from trainer.signals import StopRequest
+from trainer.signals import ORPHANED, StopRequest
 
 _LAUNCHER = re.compile(r"(deepspeed|torchrun|torch\.distributed|mpirun|mpiexec|orterun|prterun|orted|prted"
                        r"|hydra_pmi_proxy|srun|slurmstepd)(\.[\w.]+|: .*)?")
@@ -42,7 +42,7 @@ def watch_launchers(stop: StopRequest) -> None:
 def _watch(launchers: list[_Process], stop: StopRequest) -> None:
     while all((now := _stat(each.number)) is not None and now[0] == each for each in launchers):
         time.sleep(_LOOK_EVERY)
-    stop.ask("the launcher has ended")
+    stop.ask(ORPHANED)
     os.kill(os.getpid(), signal.SIGTERM)  # as the launcher should have done
     time.sleep(GRACE)
     print("error: the launcher has ended, and this rank could not save in time", file=sys.stderr, flush=True)

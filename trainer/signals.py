@@ -13,7 +13,11 @@ import torch
 HANDLED = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT)
 STOP_FILE, SAVE_FILE = "stop", "save"
 """Made by the user in the run folder (`touch RUN/stop`), removed by the run when it acts on them."""
-_BY_FILE = f"the file {STOP_FILE}"
+_BY_FILE, BUDGET, ORPHANED = f"the file {STOP_FILE}", "time budget", "the launcher has ended"
+REASONS = (None, ORPHANED, *(number.name for number in HANDLED if number != signal.SIGINT), BUDGET,
+           signal.SIGINT.name, _BY_FILE)
+"""What a stop can come from; of several ranks' reasons the last here is that of all. Those that come from the user
+outrank a cluster's, which would start the run again."""
 _LOOK_EVERY = 1.0  # seconds between looks for these files: a look may be a message to a file server
 
 
@@ -58,7 +62,7 @@ class StopRequest:
             raise StopRequested
 
     def ask(self, reason: str) -> None:
-        """Asks this rank to stop; it tells the others at the next agreement."""
+        """Asks this rank to stop, for one of REASONS; it tells the others at the next agreement."""
         self.reason = self.reason or reason
 
     @contextmanager
@@ -83,8 +87,13 @@ class StopRequest:
         """Whether this rank was asked to stop."""
         self._look()
         if self._deadline is not None and time.monotonic() > self._deadline:
-            self.ask("time budget")
+            self.ask(BUDGET)
         return self.reason is not None
+
+    @property
+    def wish(self) -> int:
+        """Why this rank was asked to stop, as a place in REASONS; 0 if it was not."""
+        return REASONS.index(self.reason) if self.wanted else 0
 
     def take_save(self) -> bool:
         """Whether this rank was asked to save since the last call."""
@@ -103,17 +112,17 @@ class StopRequest:
             (self._folder / SAVE_FILE).unlink(missing_ok=True)
             self._save = True
 
-    def agree(self, anyone: bool) -> bool:
-        """Takes note of whether any rank was asked to stop, which all ranks have been told; returns it."""
-        if anyone:
-            self.ask("another rank's request")
-        return anyone  # even if a signal came in between: the other ranks do not know of it yet
+    def agree(self, wish: int) -> bool:
+        """Takes note of the greatest wish of all ranks, which all have been told; returns whether it is to stop."""
+        if wish:
+            self.reason = REASONS[wish]
+        return wish > 0  # even if a signal came in between: the other ranks do not know of it yet
 
     def agreed(self, group: torch.distributed.ProcessGroup) -> bool:
         """True on every rank if any rank was asked to stop. A collective: all ranks call it at the same place."""
-        flag = torch.tensor([self.wanted], dtype=torch.uint8)
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
-        return self.agree(bool(flag.item()))
+        wish = torch.tensor([self.wish], dtype=torch.uint8)
+        torch.distributed.all_reduce(wish, op=torch.distributed.ReduceOp.MAX, group=group)
+        return self.agree(int(wish.item()))
 
     def check(self, group: torch.distributed.ProcessGroup) -> None:
         """Raises StopRequested on every rank if any rank was asked to stop. A collective."""

@@ -183,7 +183,8 @@ def test_ending(attempt):
     marker.write_text(json.dumps({"status": "done"}))
     assert ending(run_dir, logs, 0, False) == ("finished", 0)
     for reason, asked, expected in (("SIGUSR1", False, "requeue"), ("time budget", False, "stopped"),
-                                    ("another rank's request", True, "requeue"), ("SIGTERM", False, "requeue")):
+                                    ("SIGINT", False, "stopped"), ("SIGUSR2", True, "requeue"),
+                                    ("SIGTERM", False, "requeue")):
         marker.write_text(json.dumps({"status": "preempted", "reason": reason}))
         assert ending(run_dir, logs, 0, asked)[0] == expected
     marker.write_text(json.dumps({"status": "stopped", "reason": "the file stop"}))

@@ -118,10 +118,19 @@ def test_forbidden_messages_name_existing_keys():
      "zero_optimization.offload_optimizer", "ds_configs/zero2_offload.json"),
     ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}},
      "zero_optimization.offload_optimizer.device", "must be none or cpu"),
+    ({"zero_optimization": {"reduce_bucket_size": 0}}, "zero_optimization.reduce_bucket_size", "at least 1, not 0"),
+    ({"zero_optimization": {"sub_group_size": -1}}, "zero_optimization.sub_group_size", "at least 1, not -1"),
+    ({"zero_optimization": {"stage3_max_live_parameters": 1.5}}, "zero_optimization.stage3_max_live_parameters",
+     "a whole number of at least 0, not 1.5"),
+    ({"zero_optimization": {"allgather_bucket_size": True}}, "zero_optimization.allgather_bucket_size", "not true"),
+    ('{"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"sub_group_size": Infinity}}',
+     "zero_optimization.sub_group_size", "at least 1, not Infinity"),
+    ({"fp16": {"initial_scale_power": -1}}, "fp16.initial_scale_power", "at least 0"),
+    ({"fp16": {"loss_scale": -1}}, "fp16.loss_scale", "must be 0 or positive"),
     ({"communication_data_type": "float"}, "communication_data_type", "must be fp32, bf16 or fp16"),
 ])
 def test_mistake_names_key_and_remedy(write, change, key, problem):
-    path = write({**MINIMUM, **change})
+    path = write(change if isinstance(change, str) else {**MINIMUM, **change})
     with pytest.raises(ConfigError) as caught:
         load_ds_config(path)
     assert caught.value.key == key

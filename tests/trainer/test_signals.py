@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trainer import signals
-from trainer.signals import HANDLED, StopRequest, StopRequested
+from trainer.signals import HANDLED, REASONS, StopRequest, StopRequested
 
 
 @pytest.fixture
@@ -40,9 +40,15 @@ def test_a_signal_during_the_agreement_waits_for_the_next_one(handlers, monkeypa
 
 
 def test_another_ranks_request_stops_this_one(monkeypatch):
-    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, **_: flag.fill_(1))
+    """For its reason, so that whoever reads the marker knows whether the run is to be started again."""
+    wish = REASONS.index("time budget")
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda flag, **_: flag.clamp_(min=wish))
     stop = StopRequest()
-    assert stop.agreed(None) and stop.reason == "another rank's request"
+    assert stop.agreed(None) and stop.reason == "time budget"
+    for own, common in (("SIGTERM", "time budget"), ("SIGINT", "SIGINT")):
+        stop = StopRequest()
+        stop.ask(own)
+        assert stop.agreed(None) and stop.reason == common
 
 
 def test_time_budget(monkeypatch):

@@ -29,7 +29,7 @@ from trainer.parser import Parser
 _TASKS = re.compile(r"srun: error: (?P<nodes>[^:]+): tasks? (?P<tasks>[\d,-]+): (?P<how>.*)")
 _EXITED = re.compile(r"Exited with exit code (\d+)")
 _SIGNALS = {signal.strsignal(number): number for number in signal.valid_signals()}
-_REQUEUED_REASONS = ("SIGUSR1", "SIGTERM", "another rank's request")
+_REQUEUED_REASONS = ("SIGUSR1", "SIGTERM")
 """Requests to save that come from SLURM: the time limit and preemption. Others (a time budget, a key pressed) come from
 the user, and end the job."""
 

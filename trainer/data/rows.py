@@ -78,12 +78,6 @@ class RowStream:
             samples, starts = self._epoch(epoch)
         return samples[starts[place]:starts[place + 1]]
 
-    def fill_rate(self, epoch: int = 0) -> float:
-        """Share of an epoch's rows that is tokens."""
-        with self._lock:
-            samples, starts = self._epoch(epoch)
-        return float(self._tokens_S[samples].sum() / ((len(starts) - 1) * self._row_tokens))
-
     def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         if epoch not in self._recent:
             packed = pack_rows(self._tokens_S, self._mixture.epoch(epoch), self._row_tokens, self._lookahead)
