@@ -32,11 +32,11 @@ from trainer.launch import Ranks
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _LOCK_SECONDS = 60
-_FREE_TO_CHANGE = ("eval.", "sample.", "data.valid", "data.test", "data.cache_dir", "data.prefetch", "train.steps",
-                   "train.log_every", "train.eval_every", "train.sample_every", "train.save_every", "train.keep_",
-                   "train.max_minutes", "train.activation_checkpointing", "train.deterministic", "train.async_save",
-                   "train.max_skipped", "train.spike_limit", "train.hang_minutes", "train.profile_",
-                   "train.expert_parallel_size")
+_FREE_TO_CHANGE = ("eval.", "sample.", "data.valid", "data.test", "data.cache_dir", "data.prefetch", "data.workers",
+                   "train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every",
+                   "train.keep_", "train.max_minutes", "train.activation_checkpointing", "train.deterministic",
+                   "train.async_save", "train.max_skipped", "train.spike_limit", "train.hang_minutes",
+                   "train.profile_", "train.expert_parallel_size")
 """Keys (by their beginning) that a resumed run may change: they do not alter what a step computes, only whether it is
 applied. The number of steps stretches the learning rate's schedule, and is said aloud."""
 
