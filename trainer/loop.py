@@ -94,7 +94,7 @@ class TrainingRun:
         self.starvation = StarvationWatch()
         self.profiler = Profiler(step_range(run.train.profile_steps if ranks.first else ""), run.train.profile_memory,
                                  folder.path)
-        self.seconds_W = [0.0] * ranks.world
+        self.seconds_W, self.logged_at = [0.0] * ranks.world, self.step
         self.stopping = False
 
     def train(self) -> bool:
@@ -204,13 +204,13 @@ class TrainingRun:
             "with --resume and a checkpoint's folder")
 
     def _log(self, info: StepInfo, bar: tqdm) -> None:
-        mean_W = [seconds / self.run.train.log_every for seconds in self.seconds_W]
+        mean_W = [seconds / (self.step - self.logged_at) for seconds in self.seconds_W]
         straggler = slowest(mean_W)
         if straggler is not None:
             own = mean_W[straggler]
             self.say(f"step {self.step}: rank {straggler} is slow: {own:.3f} s a step for its part")
             self.log.write("event", self.step, {"event": "straggler", "rank": straggler, "seconds": round(own, 4)})
-        self.seconds_W = [0.0] * self.ranks.world
+        self.seconds_W, self.logged_at = [0.0] * self.ranks.world, self.step
         if self.metrics.steps == 0:  # all steps since the last line were skipped
             return
         line = self.metrics.reduce()
