@@ -11,7 +11,6 @@ import fcntl
 import importlib.metadata
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import time
@@ -26,6 +25,7 @@ from trainer import checkpoint
 from trainer.checkpoint_folder import by_step
 from trainer.config import RunConfig, describe, to_toml
 from trainer.config_load import load
+from trainer.data.files import write_whole
 from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError, storage_failure
 from trainer.launch import Ranks
@@ -66,10 +66,12 @@ class RunFolder:
                                   "or auto to continue")
             if started:
                 self._same_configuration(run, say)
-            (config / "run.toml").write_text(to_toml(run))
-            (config / "deepspeed.json").write_text(json.dumps(ds.values, indent=1) + "\n")
-            (config / "environment.json").write_text(json.dumps({**facts, **_environment()}, indent=1) + "\n")
-            (config / "code.diff").write_text(_git("diff", "HEAD"))
+            for leftover in config.glob("*.tmp-*"):  # of a start that was killed
+                leftover.unlink()
+            _write(config / "run.toml", to_toml(run))
+            _write(config / "deepspeed.json", json.dumps(ds.values, indent=1) + "\n")
+            _write(config / "environment.json", json.dumps({**facts, **_environment()}, indent=1) + "\n")
+            _write(config / "code.diff", _git("diff", "HEAD"))
             for past in (self.path / "status.json", *(self.path / "heartbeats").glob("rank*.json")):
                 past.unlink(missing_ok=True)
         except OSError as error:
@@ -77,7 +79,7 @@ class RunFolder:
 
     def keep_vocabulary(self, vocabulary: Path) -> None:
         """Copies the run's vocabulary to its configuration, so that its checkpoints can be exported anywhere."""
-        shutil.copyfile(vocabulary, self.path / "config" / "vocabulary.model")
+        write_whole(self.path / "config" / "vocabulary.model", lambda file: file.write(vocabulary.read_bytes()))
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -105,10 +107,7 @@ class RunFolder:
     def mark(self, status: str, step: int, reason: str | None) -> None:
         """Writes status.json, which launchers read: done; preempted (to be started again); or stopped (by the file
         `stop`, not to be started again by itself)."""
-        text = json.dumps({"status": status, "step": step, "reason": reason})
-        temporary = self.path / ".status.json"
-        temporary.write_text(text + "\n")
-        temporary.rename(self.path / "status.json")
+        _write(self.path / "status.json", json.dumps({"status": status, "step": step, "reason": reason}) + "\n")
 
     def seconds(self) -> float:
         """Since this process opened the run."""
@@ -152,6 +151,10 @@ def on_first_rank(ranks: Ranks, action: Callable[[], None]) -> None:
     torch.distributed.broadcast_object_list(outcome)
     if outcome[0] is not None:
         raise outcome[0]
+
+
+def _write(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _environment() -> dict:

@@ -312,7 +312,7 @@ MISTAKES = [
     Mistake("Run folder", "a place where nobody can write", "--run_dir: /proc/run cannot be written: …",
             arguments=("--run_dir", "/proc/run")),
     Mistake("Run folder", "no disk space at the start", "--run_dir: …/run cannot be written: No space left on device…",
-            links={"run/config/run.toml": "/dev/full"}, ranks=BOTH),
+            arguments=("--run_dir", "small/run"), disk="small", disk_kb=8, ranks=BOTH),
     Mistake("Run folder", "the folder of another configuration", "--run_dir: …/run belongs to another configuration "
             "(optim.lr was 0.003, is 0.5): choose another --run_dir, or start as before", set=("optim.lr=0.5",),
             resumes=True, ranks=BOTH),
