@@ -299,13 +299,17 @@ class TrainingRun:
         """What a checkpoint's manifest says beside its files."""
         facts = {"topology": topology(self.run, self.ds, self.ranks.world), "guard": self.guard.state(),
                  "rows_done": self.loader.first_row(self.step)}
+        if self.continuation is not None:
+            facts["continuation"] = self.continuation
         return facts if self.times is None else facts | {"time_sampling": self.times.state()}
 
     def _resume(self) -> int:
+        self.continuation = None
         found = self.folder.checkpoint(self.ranks, self.say)
         if found is None:
             return 0
         path, manifest = found
+        self.continuation = manifest.get("continuation")
         check_same(path, manifest["topology"], topology(self.run, self.ds, self.ranks.world))
         self.engine.load(path)
         self.loader.resume(manifest["step"], manifest["rows_done"])
@@ -314,6 +318,8 @@ class TrainingRun:
         self.guard.load(manifest["guard"])
         if self.guard.in_a_row >= self.run.train.max_skipped:
             self.guard.in_a_row = 0  # the run ended for that; whoever starts it again gives it as many chances again
+        if self.ranks.first:
+            self.folder.keep_origin()
         self.say(f"resumed from {path}")
         return manifest["step"]
 

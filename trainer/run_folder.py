@@ -1,6 +1,7 @@
 """The folder of one run: who owns it, what it was configured as, where it resumes, how it ended.
 
-    config/     run.toml, deepspeed.json (both resolved), vocabulary.model, environment.json, code.diff
+    config/     run.toml, deepspeed.json (both resolved), vocabulary.model, environment.json, code.diff; origin.json,
+                the checkpoint that --resume CHECKPOINT began with
     metrics.jsonl, tb/     checkpoints/step-*     samples/     model/ (once finished)     status.json
     heartbeats/, logs/ (trainer/watchdog.py)     profile/     stop, save (trainer/signals.py)
 """
@@ -14,9 +15,11 @@ import platform
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -32,6 +35,7 @@ from trainer.launch import Ranks
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _LOCK_SECONDS = 60
+_ORIGIN = Path("config", "origin.json")
 _FREE_TO_CHANGE = ("eval.", "sample.", "data.valid", "data.test", "data.cache_dir", "data.prefetch", "data.workers",
                    "train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every",
                    "train.keep_", "train.max_minutes", "train.activation_checkpointing", "train.deterministic",
@@ -48,6 +52,7 @@ class RunFolder:
         self.path, self.resume, self.init_from = path.absolute(), resume, init_from
         self._began = time.monotonic()
         self._lock = None
+        self._origin: dict | None = None
 
     def open(self, run: RunConfig, ds: DSConfig, facts: dict, say: Callable[[str], None]) -> None:
         """Takes possession of the folder and writes down what runs here; only the first rank calls it. facts: what
@@ -94,11 +99,39 @@ class RunFolder:
                                   "whole checkpoint is kept") from error
 
     def checkpoint(self, ranks: Ranks, say: Callable[[str], None]) -> tuple[Path, dict] | None:
-        """Where to resume from, checked file by file, or None to begin at step 0. A collective."""
+        """Where to resume from, checked file by file, and its manifest, or None to begin at step 0. A collective.
+
+        A run that has saved since it began with `resume` goes on with its own newest checkpoint: whatever starts it
+        again repeats the same command.
+        """
         if self.resume in ("auto", "none"):
             return checkpoint.find(self.path, ranks, say)
         folder = Path(self.resume).absolute()
-        return folder, checkpoint.check(folder, ranks)
+        continued = on_first_rank(ranks, lambda: self._began_with(folder))
+        found = checkpoint.find(self.path, ranks, say, continued) if continued else None
+        if found is not None:
+            say(f"this run began with {folder} and goes on with what it saved since; to begin with that again, delete "
+                f"{self.path / _ORIGIN}")
+            return found
+        manifest = checkpoint.check(folder, ranks)
+        # Checkpoints carry the name of their continuation, because the folder may still hold those of another one.
+        self._origin = {"path": str(folder), "sha256": checkpoint.identity(folder), "continuation": uuid.uuid4().hex}
+        return folder, manifest | {"continuation": self._origin["continuation"]}
+
+    def keep_origin(self) -> None:
+        """Writes down which checkpoint the run began with, once that is loaded. Only the first rank calls it."""
+        if self._origin is not None:
+            _write(self.path / _ORIGIN, json.dumps(self._origin, indent=1) + "\n")
+
+    def _began_with(self, folder: Path) -> str | None:
+        """The name of the continuation if the run began with this checkpoint, which may be gone meanwhile."""
+        try:
+            origin = json.loads((self.path / _ORIGIN).read_text())
+        except FileNotFoundError:
+            return None
+        digest = checkpoint.identity(folder)
+        same = origin["path"] == str(folder) if digest is None else origin["sha256"] == digest
+        return origin["continuation"] if same else None
 
     def newest_step(self) -> int:
         """Of the newest checkpoint, whole or not; 0 if there is none."""
@@ -140,17 +173,18 @@ class RunFolder:
             say(f"resuming with {name} = {new!r} (was {old!r})")
 
 
-def on_first_rank(ranks: Ranks, action: Callable[[], None]) -> None:
-    """Runs `action` on the first rank while the others wait, and raises its error on all of them."""
-    outcome: list[Exception | None] = [None]
+def on_first_rank(ranks: Ranks, action: Callable[[], Any]) -> Any:
+    """Runs `action` on the first rank while the others wait; returns its result, or raises its error, on all."""
+    outcome: list = [None, None]
     if ranks.first:
         try:
-            action()
+            outcome[0] = action()
         except Exception as error:
-            outcome[0] = error
+            outcome[1] = error
     torch.distributed.broadcast_object_list(outcome)
-    if outcome[0] is not None:
-        raise outcome[0]
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def _write(path: Path, text: str) -> None:
