@@ -36,7 +36,7 @@ from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
 from trainer.profiling import Profiler, step_range
 from trainer.randomness import learned_times, training_draw
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, on_first_rank
 from trainer.saving import Saving
 from trainer.signals import StopRequest, StopRequested
 from trainer.topology import check_same, topology
@@ -98,11 +98,13 @@ class TrainingRun:
         self.stopping = False
 
     def train(self) -> bool:
-        """Trains to the last step or until asked to stop. Returns whether the run is finished."""
+        """Trains to the last step or until asked to stop. Returns whether the run is finished, which takes the last
+        step's evaluation and samples as well."""
         run, last = self.run.train, self.run.train.steps
         self.stopping = self.stop.agreed(self.ranks.control)
         with tqdm(total=last, initial=self.step, desc="training", unit="step", disable=not self.ranks.first,
                   dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 15.0) as bar:
+            missing = self._interludes(self._missed(), bar)
             for info, micro_batches in self.loader.stream(self.step, self._planned):
                 if self.step >= last or self.stopping:
                     break
@@ -111,14 +113,14 @@ class TrainingRun:
                 if self._due(run.log_every):
                     self._log(info, bar)
                 with self.metrics.clock_stopped():
-                    self._interludes(bar)
+                    missing = self._interludes(self._due_interludes(), bar)
                     if (save or self._due(run.save_every)) and self.step < last and not self.stopping:
                         self.saving.begin(self.step, self._facts())
                     self.saving.after_step()
                 if self.guard.in_a_row >= run.max_skipped:
                     self._give_up()
         self.saving.settle(self.step, self._facts())
-        finished = self.step >= last
+        finished = self.step >= last and not missing
         if finished:
             self._export()
         self.log.write("event", self.step, {"event": "finished" if finished else f"stopped: {self.stop.reason}"})
@@ -226,21 +228,37 @@ class TrainingRun:
         bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | {
             "tok/s": f"{line['tokens_per_s']:,.0f}"})
 
-    def _interludes(self, bar: tqdm) -> None:
-        """Evaluation and samples where they are due; a request to stop abandons them."""
+    def _due_interludes(self) -> list[str]:
+        """Which interludes are due after this step, by the kind of their lines of metrics."""
+        every = {"eval": self.run.train.eval_every, "samples": self.run.train.sample_every}
+        return [kind for kind in every if self._due(every[kind])]
+
+    def _missed(self) -> list[str]:
+        """Those of the last step that an earlier start was stopped in; those of other steps are given up."""
+        if self.step != self.run.train.steps:
+            return []
+        done = on_first_rank(self.ranks, lambda: self.log.resumed_kinds)
+        return [kind for kind in self._due_interludes() if kind not in done]
+
+    def _interludes(self, kinds: list[str], bar: tqdm) -> list[str]:
+        """Evaluation and samples; a request to stop abandons them. Returns those that were not done."""
+        missing = list(kinds)
         if self.stopping:
-            return
+            return missing
         try:
-            if self._due(self.run.train.eval_every):
+            if "eval" in kinds:
                 bar.set_description("evaluating")
                 self._evaluate()
-            if self._due(self.run.train.sample_every):
+                missing.remove("eval")
+            if "samples" in kinds:
                 bar.set_description("generating")
                 self._show_samples()
+                missing.remove("samples")
         except StopRequested:
             self.stopping = True
             self.say(f"step {self.step}: evaluation abandoned ({self.stop.reason})")
         bar.set_description("training", refresh=False)
+        return missing
 
     def _between(self, phase: str) -> None:
         """Between two parts of an evaluation or of sampling: a sign of life, and a look for requests to stop."""
@@ -283,6 +301,7 @@ class TrainingRun:
             records = [{**texts[n], "reference": reference}
                        for n, reference in zip(sorted(texts), references, strict=True)]
             self._write_samples("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            self.log.write("samples", self.step, {"documents": sorted(texts)})
             self.say(f"step {self.step}: sample: {records[0]['text'][:300]!r}")
 
     def _write_samples(self, text: str) -> None:
