@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -36,7 +37,7 @@ from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
 from trainer.profiling import Profiler, step_range
 from trainer.randomness import learned_times, training_draw
-from trainer.run_folder import RunFolder, on_first_rank
+from trainer.run_folder import RunFolder, check_model, model_facts, on_first_rank
 from trainer.saving import Saving
 from trainer.signals import StopRequest, StopRequested
 from trainer.topology import check_same, topology
@@ -69,6 +70,7 @@ class TrainingRun:
                                    source_dropout=run.model.diffusion.source_dropout,
                                    infilling=run.model.diffusion.infilling)
         model = DiffusionLM(run.model)
+        self.model_facts = model_facts(run, model)
         shards = run.train.expert_parallel_size
         self.expert_group = ExpertGroup(shards, ranks.rank % shards)
         if shards > 1:
@@ -317,7 +319,7 @@ class TrainingRun:
     def _facts(self) -> dict:
         """What a checkpoint's manifest says beside its files."""
         facts = {"topology": topology(self.run, self.ds, self.ranks.world), "guard": self.guard.state(),
-                 "rows_done": self.loader.first_row(self.step)}
+                 "rows_done": self.loader.first_row(self.step), **self.model_facts}
         if self.continuation is not None:
             facts["continuation"] = self.continuation
         return facts if self.times is None else facts | {"time_sampling": self.times.state()}
@@ -330,10 +332,12 @@ class TrainingRun:
         path, manifest = found
         self.continuation = manifest.get("continuation")
         check_same(path, manifest["topology"], topology(self.run, self.ds, self.ranks.world))
-        self.engine.load(path)
+        check_model(path, manifest, self.model_facts, self.say)
+        if not self.engine.load(path):
+            self.say(f"{path} holds no average of the weights: it begins anew, with the weights")
         self.loader.resume(manifest["step"], manifest["rows_done"])
         if self.times is not None:
-            self.times.load(manifest["time_sampling"])
+            self._resume_times(path, manifest)
         self.guard.load(manifest["guard"])
         if self.guard.in_a_row >= self.run.train.max_skipped:
             self.guard.in_a_row = 0  # the run ended for that; whoever starts it again gives it as many chances again
@@ -341,6 +345,16 @@ class TrainingRun:
             self.folder.keep_origin()
         self.say(f"resumed from {path}")
         return manifest["step"]
+
+    def _resume_times(self, path: Path, manifest: dict) -> None:
+        here = self.model_facts["model"]
+        saved = manifest.get("model", here)
+        depends = ("model.diffusion.time_sampling", "model.diffusion.steps")
+        if "time_sampling" in manifest and all(saved[key] == here[key] for key in depends):
+            self.times.load(manifest["time_sampling"])
+        else:
+            self.say(f"{path} has not learnt which times to draw by {depends[0]} = {here[depends[0]]!r}: that begins "
+                     "anew")
 
     def _export(self) -> None:
         self.watchdog.beat("export", self.step)

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import platform
@@ -171,6 +172,28 @@ class RunFolder:
                               "choose another --run_dir, or start as before")
         for name, (old, new) in changed.items():
             say(f"resuming with {name} = {new!r} (was {old!r})")
+
+
+def model_facts(run: RunConfig, model: torch.nn.Module) -> dict:
+    """What a checkpoint's manifest says of its model. model: whole, before its experts or weights are divided."""
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    return {"model": {key.name: key.default for key in describe(run.model, "model.")},
+            "weights": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()}
+
+
+def check_model(path: Path, manifest: dict, here: dict, say: Callable[[str], None]) -> None:
+    """Refuses, with CheckpointError, to resume a checkpoint at `path` whose weights have other names or shapes than
+    `here`, of `model_facts`, says; tells of all else that differs. Manifests of earlier versions say nothing of it."""
+    if "weights" not in manifest:
+        return
+    saved = manifest["model"]
+    changed = {name: (saved[name], new) for name, new in here["model"].items() if saved.get(name, new) != new}
+    if manifest["weights"] != here["weights"]:
+        differs = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+        raise CheckpointError(f"{path} holds the weights of another model ({differs or 'of another version'}): start "
+                              "it as it was saved, or begin a new run without --resume")
+    for name, (old, new) in changed.items():
+        say(f"resuming with {name} = {new!r} (was {old!r})")
 
 
 def on_first_rank(ranks: Ranks, action: Callable[[], Any]) -> Any:

@@ -334,6 +334,10 @@ MISTAKES = [
     Mistake("Checkpoints", "a checkpoint with a broken manifest", "…/step-00000002 has no readable manifest.json (…): "
             "it was never completed", 84, arguments=("--resume", "run/checkpoints/step-00000002"), resumes=True,
             files={"run/checkpoints/step-00000002/manifest.json": "{"}, ranks=BOTH),
+    Mistake("Checkpoints", "a checkpoint of another model", "…/step-00000002 holds the weights of another model "
+            "(model.width was 32, is 64): start it as it was saved, or begin a new run without --resume", 84,
+            arguments=("--resume", "run/checkpoints/step-00000002", "--run_dir", "new"), set=("model.width=64",),
+            resumes=True),
     Mistake("Checkpoints", "a start from a folder without a model", "empty/model.safetensors cannot be read: …", 84,
             arguments=("--init_from", "empty"), files={"empty/readme.txt": ""}),
     Mistake("Checkpoints", "a start from a model of another shape", "run/model/model.safetensors does not fit this "

@@ -192,6 +192,52 @@ def test_going_back_in_a_run_is_not_undone_by_a_stop(place, halves):
     assert place.weights("back") == place.weights("whole")
 
 
+def test_another_model_is_refused_with_the_keys_that_differ(place, halves):
+    origin = halves / "step-00000004"
+    codes, printed = place.run("wider", resume=origin, changed={"model.width": 64, "model.attention.window": 4})
+    assert codes == [84, 84] and "Traceback" not in printed
+    assert printed.count(f"error: {origin} holds the weights of another model (model.width was 32, is 64; "
+                         "model.attention.window was 8, is 4): start it as it was saved") == 1
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_average_that_a_checkpoint_lacks_begins_with_its_weights(place, stage):
+    """And one that is not kept any more is left."""
+    name, averaged = f"last {stage}", f"averaged {stage}"
+    place.run(f"averages {stage}", stage=stage, steps=3)
+    origin = place.folder / f"averages {stage}" / "checkpoints" / "step-00000003"
+    codes, printed = place.run(name, stage=stage, steps=5, resume=origin, changed={"optim.ema_decay": 0.0})
+    assert codes == [0, 0] and "begins anew" not in printed, printed
+    origin = place.folder / name / "checkpoints" / "step-00000005"
+    codes, printed = place.run(averaged, stage=stage, steps=5, resume=origin)
+    assert codes == [0, 0], printed
+    assert printed.count(f"{origin} holds no average of the weights: it begins anew, with the weights") == 1
+    assert place.weights(averaged) == place.weights(name)
+
+
+def test_a_sampling_of_times_that_a_checkpoint_lacks_begins_anew(place, halves):
+    key, origin = "model.diffusion.time_sampling", halves / "step-00000004"
+    for name, changed in (("adaptive", {key: "adaptive"}),
+                          ("loss_second_moment", {key: "loss_second_moment", "model.diffusion.steps": 4,
+                                                   "model.diffusion.schedule": "sqrt"})):
+        codes, printed = place.run(name, steps=6, resume=origin, changed=changed)
+        assert codes == [0, 0], printed
+        assert f"{origin} has not learnt which times to draw by {key} = {name!r}: that begins anew" in printed
+        assert f"resuming with {key} = {name!r} (was " in printed
+        origin = place.folder / name / "checkpoints" / "step-00000006"
+
+
+def test_checkpoints_that_say_nothing_of_their_model_are_resumed(place, halves):
+    folder = place.folder / "earlier version"
+    shutil.copytree(halves / "step-00000004", folder)
+    manifest = checkpoint.check(folder)
+    (folder / "manifest.json").unlink()
+    checkpoint.seal(folder, {name: manifest[name] for name in ("step", "topology", "guard", "rows_done")})
+    codes, printed = place.run("later version", resume=folder)
+    assert codes == [0, 0] and resumed_from(printed) == str(folder), printed
+    assert place.weights("later version") == place.weights("whole")
+
+
 def kill_again_and_again(place, name, kills, steps):
     """Starts `name` over and over, killed in each phase `kills` times, then lets it finish."""
     run_dir, rng = place.folder / name, random.Random(1)
