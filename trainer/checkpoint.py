@@ -207,9 +207,10 @@ def _remove(checkpoint: Path) -> None:
     shutil.rmtree(checkpoint)
 
 
-def find(run_dir: Path, ranks: Ranks | None, say: Callable[[str], None]) -> tuple[Path, dict] | None:
+def find(run_dir: Path, ranks: Ranks | None, say: Callable[[str], None],
+         continuation: str | None = None) -> tuple[Path, dict] | None:
     """The newest whole checkpoint of a run and its manifest; `say` is told of each damaged one passed. With `ranks` a
-    collective: they share the reading."""
+    collective: they share the reading. continuation: only those whose manifest names it."""
     passed = []
     for folder in reversed(by_step(run_dir).values()):
         try:
@@ -218,10 +219,21 @@ def find(run_dir: Path, ranks: Ranks | None, say: Callable[[str], None]) -> tupl
             say(f"passing over a damaged checkpoint: {damage}")
             passed.append(folder.name)
             continue
+        if continuation is not None and manifest.get("continuation") != continuation:
+            continue
         if passed:
             say(f"the next save removes {', '.join(passed)}")
         return folder, manifest
     return None
+
+
+def identity(folder: Path) -> str | None:
+    """The checksum that a checkpoint's manifest gives of itself, by which it is known wherever it lies; None if there
+    is none to be read."""
+    try:
+        return json.loads((folder / MANIFEST).read_text()).get("sha256")
+    except (OSError, ValueError):
+        return None
 
 
 def check(folder: Path, ranks: Ranks | None = None) -> dict:

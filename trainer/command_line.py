@@ -71,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
                      help="folder for everything that the run writes (default: runs/PRESET-RECIPE)")
     run.add_argument("--resume", default="auto", metavar="auto|none|CHECKPOINT",
                      help="auto: the newest whole checkpoint in the run folder, if there is one; none: start "
-                     "anew; or a checkpoint's folder (default: auto)")
+                     "anew; or a checkpoint's folder, to begin with: the same command again goes on with what the "
+                     "run has saved since (default: auto)")
     run.add_argument("--init_from", type=Path, metavar="FOLDER",
                      help="start from the weights of this finished run or exported model, at step 0 with a "
                      "fresh optimizer")

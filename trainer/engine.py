@@ -215,13 +215,17 @@ class Engine:
                        str(root / rank_file(self.ranks.rank)))
         return recording.files
 
-    def load(self, folder: Path) -> None:
-        """Restores what a checkpoint of `state_files` holds, on the same topology."""
+    def load(self, folder: Path) -> bool:
+        """Restores what a checkpoint of `state_files` holds, on the same topology. Returns whether it held an average
+        where one is kept; otherwise that begins anew, with the weights."""
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load its state; see its message above")
         state = torch.load(folder / rank_file(self.ranks.rank), map_location=self.ranks.device, weights_only=True)
-        self.updates = state["updates"]
-        for average, saved in zip(self.ema, state["ema"], strict=True):
-            average.copy_(saved)
+        anew = bool(self.ema) and not state["ema"]
+        self.updates = 0 if anew else state["updates"]
+        if self.ema:
+            for average, part in zip(self.ema, self._masters() if anew else state["ema"], strict=True):
+                average.copy_(part.detach())
         restore_random_states(state["random"], self.ranks.device)
+        return not anew

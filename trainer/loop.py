@@ -7,6 +7,7 @@ import math
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -36,7 +37,7 @@ from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
 from trainer.profiling import Profiler, step_range
 from trainer.randomness import learned_times, training_draw
-from trainer.run_folder import RunFolder
+from trainer.run_folder import RunFolder, check_model, model_facts, on_first_rank
 from trainer.saving import Saving
 from trainer.signals import StopRequest, StopRequested
 from trainer.topology import check_same, topology
@@ -69,6 +70,7 @@ class TrainingRun:
                                    source_dropout=run.model.diffusion.source_dropout,
                                    infilling=run.model.diffusion.infilling)
         model = DiffusionLM(run.model)
+        self.model_facts = model_facts(run, model)
         shards = run.train.expert_parallel_size
         self.expert_group = ExpertGroup(shards, ranks.rank % shards)
         if shards > 1:
@@ -94,15 +96,17 @@ class TrainingRun:
         self.starvation = StarvationWatch()
         self.profiler = Profiler(step_range(run.train.profile_steps if ranks.first else ""), run.train.profile_memory,
                                  folder.path)
-        self.seconds_W = [0.0] * ranks.world
+        self.seconds_W, self.logged_at = [0.0] * ranks.world, self.step
         self.stopping = False
 
     def train(self) -> bool:
-        """Trains to the last step or until asked to stop. Returns whether the run is finished."""
+        """Trains to the last step or until asked to stop. Returns whether the run is finished, which takes the last
+        step's evaluation and samples as well."""
         run, last = self.run.train, self.run.train.steps
         self.stopping = self.stop.agreed(self.ranks.control)
         with tqdm(total=last, initial=self.step, desc="training", unit="step", disable=not self.ranks.first,
                   dynamic_ncols=True, mininterval=1.0 if sys.stderr.isatty() else 15.0) as bar:
+            missing = self._interludes(self._missed(), bar)
             for info, micro_batches in self.loader.stream(self.step, self._planned):
                 if self.step >= last or self.stopping:
                     break
@@ -111,14 +115,14 @@ class TrainingRun:
                 if self._due(run.log_every):
                     self._log(info, bar)
                 with self.metrics.clock_stopped():
-                    self._interludes(bar)
+                    missing = self._interludes(self._due_interludes(), bar)
                     if (save or self._due(run.save_every)) and self.step < last and not self.stopping:
                         self.saving.begin(self.step, self._facts())
                     self.saving.after_step()
                 if self.guard.in_a_row >= run.max_skipped:
                     self._give_up()
         self.saving.settle(self.step, self._facts())
-        finished = self.step >= last
+        finished = self.step >= last and not missing
         if finished:
             self._export()
         self.log.write("event", self.step, {"event": "finished" if finished else f"stopped: {self.stop.reason}"})
@@ -204,13 +208,13 @@ class TrainingRun:
             "with --resume and a checkpoint's folder")
 
     def _log(self, info: StepInfo, bar: tqdm) -> None:
-        mean_W = [seconds / self.run.train.log_every for seconds in self.seconds_W]
+        mean_W = [seconds / (self.step - self.logged_at) for seconds in self.seconds_W]
         straggler = slowest(mean_W)
         if straggler is not None:
             own = mean_W[straggler]
             self.say(f"step {self.step}: rank {straggler} is slow: {own:.3f} s a step for its part")
             self.log.write("event", self.step, {"event": "straggler", "rank": straggler, "seconds": round(own, 4)})
-        self.seconds_W = [0.0] * self.ranks.world
+        self.seconds_W, self.logged_at = [0.0] * self.ranks.world, self.step
         if self.metrics.steps == 0:  # all steps since the last line were skipped
             return
         line = self.metrics.reduce()
@@ -226,21 +230,37 @@ class TrainingRun:
         bar.set_postfix({name: f"{value:.3f}" for name, value in shown.items()} | {
             "tok/s": f"{line['tokens_per_s']:,.0f}"})
 
-    def _interludes(self, bar: tqdm) -> None:
-        """Evaluation and samples where they are due; a request to stop abandons them."""
+    def _due_interludes(self) -> list[str]:
+        """Which interludes are due after this step, by the kind of their lines of metrics."""
+        every = {"eval": self.run.train.eval_every, "samples": self.run.train.sample_every}
+        return [kind for kind in every if self._due(every[kind])]
+
+    def _missed(self) -> list[str]:
+        """Those of the last step that an earlier start was stopped in; those of other steps are given up."""
+        if self.step != self.run.train.steps:
+            return []
+        done = on_first_rank(self.ranks, lambda: self.log.resumed_kinds)
+        return [kind for kind in self._due_interludes() if kind not in done]
+
+    def _interludes(self, kinds: list[str], bar: tqdm) -> list[str]:
+        """Evaluation and samples; a request to stop abandons them. Returns those that were not done."""
+        missing = list(kinds)
         if self.stopping:
-            return
+            return missing
         try:
-            if self._due(self.run.train.eval_every):
+            if "eval" in kinds:
                 bar.set_description("evaluating")
                 self._evaluate()
-            if self._due(self.run.train.sample_every):
+                missing.remove("eval")
+            if "samples" in kinds:
                 bar.set_description("generating")
                 self._show_samples()
+                missing.remove("samples")
         except StopRequested:
             self.stopping = True
             self.say(f"step {self.step}: evaluation abandoned ({self.stop.reason})")
         bar.set_description("training", refresh=False)
+        return missing
 
     def _between(self, phase: str) -> None:
         """Between two parts of an evaluation or of sampling: a sign of life, and a look for requests to stop."""
@@ -283,6 +303,7 @@ class TrainingRun:
             records = [{**texts[n], "reference": reference}
                        for n, reference in zip(sorted(texts), references, strict=True)]
             self._write_samples("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+            self.log.write("samples", self.step, {"documents": sorted(texts)})
             self.say(f"step {self.step}: sample: {records[0]['text'][:300]!r}")
 
     def _write_samples(self, text: str) -> None:
@@ -298,24 +319,42 @@ class TrainingRun:
     def _facts(self) -> dict:
         """What a checkpoint's manifest says beside its files."""
         facts = {"topology": topology(self.run, self.ds, self.ranks.world), "guard": self.guard.state(),
-                 "rows_done": self.loader.first_row(self.step)}
+                 "rows_done": self.loader.first_row(self.step), **self.model_facts}
+        if self.continuation is not None:
+            facts["continuation"] = self.continuation
         return facts if self.times is None else facts | {"time_sampling": self.times.state()}
 
     def _resume(self) -> int:
+        self.continuation = None
         found = self.folder.checkpoint(self.ranks, self.say)
         if found is None:
             return 0
         path, manifest = found
+        self.continuation = manifest.get("continuation")
         check_same(path, manifest["topology"], topology(self.run, self.ds, self.ranks.world))
-        self.engine.load(path)
+        check_model(path, manifest, self.model_facts, self.say)
+        if not self.engine.load(path):
+            self.say(f"{path} holds no average of the weights: it begins anew, with the weights")
         self.loader.resume(manifest["step"], manifest["rows_done"])
         if self.times is not None:
-            self.times.load(manifest["time_sampling"])
+            self._resume_times(path, manifest)
         self.guard.load(manifest["guard"])
         if self.guard.in_a_row >= self.run.train.max_skipped:
             self.guard.in_a_row = 0  # the run ended for that; whoever starts it again gives it as many chances again
+        if self.ranks.first:
+            self.folder.keep_origin()
         self.say(f"resumed from {path}")
         return manifest["step"]
+
+    def _resume_times(self, path: Path, manifest: dict) -> None:
+        here = self.model_facts["model"]
+        saved = manifest.get("model", here)
+        depends = ("model.diffusion.time_sampling", "model.diffusion.steps")
+        if "time_sampling" in manifest and all(saved[key] == here[key] for key in depends):
+            self.times.load(manifest["time_sampling"])
+        else:
+            self.say(f"{path} has not learnt which times to draw by {depends[0]} = {here[depends[0]]!r}: that begins "
+                     "anew")
 
     def _export(self) -> None:
         self.watchdog.beat("export", self.step)

@@ -147,7 +147,8 @@ class MetricsLog:
     """metrics.jsonl (one line an event, written at once) and TensorBoard events; only the first rank writes.
 
     Lines of steps after `resumed_at` are dropped: an interrupted run repeats those steps. Lines that a full disk does
-    not take are kept for later; TensorBoard's events of that time are lost.
+    not take are kept for later; TensorBoard's events of that time are lost. resumed_kinds: of the lines that are kept
+    of that very step.
     """
 
     def __init__(self, run_dir: Path, resumed_at: int, active: bool):
@@ -157,6 +158,7 @@ class MetricsLog:
         path = run_dir / "metrics.jsonl"
         kept = [line for line in path.read_text().splitlines(keepends=True)
                 if line.endswith("\n") and json.loads(line)["step"] <= resumed_at] if path.exists() else []
+        self.resumed_kinds = {line["kind"] for line in map(json.loads, kept) if line["step"] == resumed_at}
         temporary = path.with_suffix(".tmp")
         temporary.write_text("".join(kept))
         temporary.rename(path)

@@ -1,6 +1,7 @@
 """The folder of one run: who owns it, what it was configured as, where it resumes, how it ended.
 
-    config/     run.toml, deepspeed.json (both resolved), vocabulary.model, environment.json, code.diff
+    config/     run.toml, deepspeed.json (both resolved), vocabulary.model, environment.json, code.diff; origin.json,
+                the checkpoint that --resume CHECKPOINT began with
     metrics.jsonl, tb/     checkpoints/step-*     samples/     model/ (once finished)     status.json
     heartbeats/, logs/ (trainer/watchdog.py)     profile/     stop, save (trainer/signals.py)
 """
@@ -8,16 +9,18 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import importlib.metadata
 import json
 import platform
-import shutil
 import subprocess
 import sys
 import time
+import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -26,17 +29,19 @@ from trainer import checkpoint
 from trainer.checkpoint_folder import by_step
 from trainer.config import RunConfig, describe, to_toml
 from trainer.config_load import load
+from trainer.data.files import write_whole
 from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError, storage_failure
 from trainer.launch import Ranks
 
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _LOCK_SECONDS = 60
-_FREE_TO_CHANGE = ("eval.", "sample.", "data.valid", "data.test", "data.cache_dir", "data.prefetch", "train.steps",
-                   "train.log_every", "train.eval_every", "train.sample_every", "train.save_every", "train.keep_",
-                   "train.max_minutes", "train.activation_checkpointing", "train.deterministic", "train.async_save",
-                   "train.max_skipped", "train.spike_limit", "train.hang_minutes", "train.profile_",
-                   "train.expert_parallel_size")
+_ORIGIN = Path("config", "origin.json")
+_FREE_TO_CHANGE = ("eval.", "sample.", "data.valid", "data.test", "data.cache_dir", "data.prefetch", "data.workers",
+                   "train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every",
+                   "train.keep_", "train.max_minutes", "train.activation_checkpointing", "train.deterministic",
+                   "train.async_save", "train.max_skipped", "train.spike_limit", "train.hang_minutes",
+                   "train.profile_", "train.expert_parallel_size")
 """Keys (by their beginning) that a resumed run may change: they do not alter what a step computes, only whether it is
 applied. The number of steps stretches the learning rate's schedule, and is said aloud."""
 
@@ -48,6 +53,7 @@ class RunFolder:
         self.path, self.resume, self.init_from = path.absolute(), resume, init_from
         self._began = time.monotonic()
         self._lock = None
+        self._origin: dict | None = None
 
     def open(self, run: RunConfig, ds: DSConfig, facts: dict, say: Callable[[str], None]) -> None:
         """Takes possession of the folder and writes down what runs here; only the first rank calls it. facts: what
@@ -66,10 +72,12 @@ class RunFolder:
                                   "or auto to continue")
             if started:
                 self._same_configuration(run, say)
-            (config / "run.toml").write_text(to_toml(run))
-            (config / "deepspeed.json").write_text(json.dumps(ds.values, indent=1) + "\n")
-            (config / "environment.json").write_text(json.dumps({**facts, **_environment()}, indent=1) + "\n")
-            (config / "code.diff").write_text(_git("diff", "HEAD"))
+            for leftover in config.glob("*.tmp-*"):  # of a start that was killed
+                leftover.unlink()
+            _write(config / "run.toml", to_toml(run))
+            _write(config / "deepspeed.json", json.dumps(ds.values, indent=1) + "\n")
+            _write(config / "environment.json", json.dumps({**facts, **_environment()}, indent=1) + "\n")
+            _write(config / "code.diff", _git("diff", "HEAD"))
             for past in (self.path / "status.json", *(self.path / "heartbeats").glob("rank*.json")):
                 past.unlink(missing_ok=True)
         except OSError as error:
@@ -77,7 +85,7 @@ class RunFolder:
 
     def keep_vocabulary(self, vocabulary: Path) -> None:
         """Copies the run's vocabulary to its configuration, so that its checkpoints can be exported anywhere."""
-        shutil.copyfile(vocabulary, self.path / "config" / "vocabulary.model")
+        write_whole(self.path / "config" / "vocabulary.model", lambda file: file.write(vocabulary.read_bytes()))
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -92,11 +100,39 @@ class RunFolder:
                                   "whole checkpoint is kept") from error
 
     def checkpoint(self, ranks: Ranks, say: Callable[[str], None]) -> tuple[Path, dict] | None:
-        """Where to resume from, checked file by file, or None to begin at step 0. A collective."""
+        """Where to resume from, checked file by file, and its manifest, or None to begin at step 0. A collective.
+
+        A run that has saved since it began with `resume` goes on with its own newest checkpoint: whatever starts it
+        again repeats the same command.
+        """
         if self.resume in ("auto", "none"):
             return checkpoint.find(self.path, ranks, say)
         folder = Path(self.resume).absolute()
-        return folder, checkpoint.check(folder, ranks)
+        continued = on_first_rank(ranks, lambda: self._began_with(folder))
+        found = checkpoint.find(self.path, ranks, say, continued) if continued else None
+        if found is not None:
+            say(f"this run began with {folder} and goes on with what it saved since; to begin with that again, delete "
+                f"{self.path / _ORIGIN}")
+            return found
+        manifest = checkpoint.check(folder, ranks)
+        # Checkpoints carry the name of their continuation, because the folder may still hold those of another one.
+        self._origin = {"path": str(folder), "sha256": checkpoint.identity(folder), "continuation": uuid.uuid4().hex}
+        return folder, manifest | {"continuation": self._origin["continuation"]}
+
+    def keep_origin(self) -> None:
+        """Writes down which checkpoint the run began with, once that is loaded. Only the first rank calls it."""
+        if self._origin is not None:
+            _write(self.path / _ORIGIN, json.dumps(self._origin, indent=1) + "\n")
+
+    def _began_with(self, folder: Path) -> str | None:
+        """The name of the continuation if the run began with this checkpoint, which may be gone meanwhile."""
+        try:
+            origin = json.loads((self.path / _ORIGIN).read_text())
+        except FileNotFoundError:
+            return None
+        digest = checkpoint.identity(folder)
+        same = origin["path"] == str(folder) if digest is None else origin["sha256"] == digest
+        return origin["continuation"] if same else None
 
     def newest_step(self) -> int:
         """Of the newest checkpoint, whole or not; 0 if there is none."""
@@ -105,10 +141,7 @@ class RunFolder:
     def mark(self, status: str, step: int, reason: str | None) -> None:
         """Writes status.json, which launchers read: done; preempted (to be started again); or stopped (by the file
         `stop`, not to be started again by itself)."""
-        text = json.dumps({"status": status, "step": step, "reason": reason})
-        temporary = self.path / ".status.json"
-        temporary.write_text(text + "\n")
-        temporary.rename(self.path / "status.json")
+        _write(self.path / "status.json", json.dumps({"status": status, "step": step, "reason": reason}) + "\n")
 
     def seconds(self) -> float:
         """Since this process opened the run."""
@@ -141,17 +174,44 @@ class RunFolder:
             say(f"resuming with {name} = {new!r} (was {old!r})")
 
 
-def on_first_rank(ranks: Ranks, action: Callable[[], None]) -> None:
-    """Runs `action` on the first rank while the others wait, and raises its error on all of them."""
-    outcome: list[Exception | None] = [None]
+def model_facts(run: RunConfig, model: torch.nn.Module) -> dict:
+    """What a checkpoint's manifest says of its model. model: whole, before its experts or weights are divided."""
+    shapes = {name: list(value.shape) for name, value in model.state_dict().items()}
+    return {"model": {key.name: key.default for key in describe(run.model, "model.")},
+            "weights": hashlib.sha256(json.dumps(shapes, sort_keys=True).encode()).hexdigest()}
+
+
+def check_model(path: Path, manifest: dict, here: dict, say: Callable[[str], None]) -> None:
+    """Refuses, with CheckpointError, to resume a checkpoint at `path` whose weights have other names or shapes than
+    `here`, of `model_facts`, says; tells of all else that differs. Manifests of earlier versions say nothing of it."""
+    if "weights" not in manifest:
+        return
+    saved = manifest["model"]
+    changed = {name: (saved[name], new) for name, new in here["model"].items() if saved.get(name, new) != new}
+    if manifest["weights"] != here["weights"]:
+        differs = "; ".join(f"{name} was {old!r}, is {new!r}" for name, (old, new) in changed.items())
+        raise CheckpointError(f"{path} holds the weights of another model ({differs or 'of another version'}): start "
+                              "it as it was saved, or begin a new run without --resume")
+    for name, (old, new) in changed.items():
+        say(f"resuming with {name} = {new!r} (was {old!r})")
+
+
+def on_first_rank(ranks: Ranks, action: Callable[[], Any]) -> Any:
+    """Runs `action` on the first rank while the others wait; returns its result, or raises its error, on all."""
+    outcome: list = [None, None]
     if ranks.first:
         try:
-            action()
+            outcome[0] = action()
         except Exception as error:
-            outcome[0] = error
+            outcome[1] = error
     torch.distributed.broadcast_object_list(outcome)
-    if outcome[0] is not None:
-        raise outcome[0]
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def _write(path: Path, text: str) -> None:
+    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _environment() -> dict:

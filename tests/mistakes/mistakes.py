@@ -312,7 +312,7 @@ MISTAKES = [
     Mistake("Run folder", "a place where nobody can write", "--run_dir: /proc/run cannot be written: …",
             arguments=("--run_dir", "/proc/run")),
     Mistake("Run folder", "no disk space at the start", "--run_dir: …/run cannot be written: No space left on device…",
-            links={"run/config/run.toml": "/dev/full"}, ranks=BOTH),
+            arguments=("--run_dir", "small/run"), disk="small", disk_kb=8, ranks=BOTH),
     Mistake("Run folder", "the folder of another configuration", "--run_dir: …/run belongs to another configuration "
             "(optim.lr was 0.003, is 0.5): choose another --run_dir, or start as before", set=("optim.lr=0.5",),
             resumes=True, ranks=BOTH),
@@ -334,6 +334,10 @@ MISTAKES = [
     Mistake("Checkpoints", "a checkpoint with a broken manifest", "…/step-00000002 has no readable manifest.json (…): "
             "it was never completed", 84, arguments=("--resume", "run/checkpoints/step-00000002"), resumes=True,
             files={"run/checkpoints/step-00000002/manifest.json": "{"}, ranks=BOTH),
+    Mistake("Checkpoints", "a checkpoint of another model", "…/step-00000002 holds the weights of another model "
+            "(model.width was 32, is 64): start it as it was saved, or begin a new run without --resume", 84,
+            arguments=("--resume", "run/checkpoints/step-00000002", "--run_dir", "new"), set=("model.width=64",),
+            resumes=True),
     Mistake("Checkpoints", "a start from a folder without a model", "empty/model.safetensors cannot be read: …", 84,
             arguments=("--init_from", "empty"), files={"empty/readme.txt": ""}),
     Mistake("Checkpoints", "a start from a model of another shape", "run/model/model.safetensors does not fit this "

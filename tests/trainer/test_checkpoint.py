@@ -7,13 +7,14 @@ import json
 import os
 import random
 import shutil
+import signal
 from collections import OrderedDict
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from tests.trainer.faults import PHASES, FullDisk, KillWhileSaving, SlowDisk
+from tests.trainer.faults import PHASES, AtBeat, FullDisk, KillWhileSaving, SlowDisk
 from tests.trainer.launching import lines
 from tests.trainer.workplace import STEPS, WORLD, Workplace
 from trainer import checkpoint
@@ -138,6 +139,103 @@ def test_a_continuation_removes_the_checkpoints_it_passed_over(place):
     codes, printed = place.run("branch", save_every=2, keep_last=0, steps=7)
     assert codes == [0, 0] and "the next save removes step-00000010, step-00000008" in printed
     assert place.checkpoints("branch") == [2, 4, 6, 7]
+
+
+@pytest.fixture(scope="module")
+def halves(place):
+    """Checkpoints of every second step of a run as long as the others."""
+    codes, printed = place.run("halves", save_every=2, keep_last=0)
+    assert codes == [0, 0], printed
+    return place.folder / "halves" / "checkpoints"
+
+
+def stop_at(step, phase="train"):
+    return AtBeat(rank=1, phase=phase, step=step, signal=signal.SIGUSR1)
+
+
+def resumed_from(printed) -> str:
+    (line,) = {line for line in printed.splitlines() if line.startswith("resumed from ")}
+    return line.removeprefix("resumed from ")
+
+
+def test_the_same_resume_goes_on_with_what_was_saved_since(place, halves):
+    """Whatever queues a job again repeats its command; only another checkpoint, or no record, begins anew."""
+    origin, moved = halves / "step-00000004", place.folder / "moved"
+    for fault in (stop_at(0, "resume"), stop_at(7)):  # stopped before the first step, and later
+        codes, printed = place.run("moved", fault, resume=origin)
+        assert codes == [0, 0] and resumed_from(printed) == str(origin), printed
+    assert place.checkpoints("moved") == [7]
+    codes, printed = place.run("moved", resume=origin)
+    assert codes == [0, 0] and resumed_from(printed) == str(moved / "checkpoints" / "step-00000007"), printed
+    assert printed.count(f"this run began with {origin} and goes on with what it saved since; to begin with that "
+                         f"again, delete {moved / 'config' / 'origin.json'}") == 1
+    assert place.weights("moved") == place.weights("whole")
+    (moved / "config" / "origin.json").unlink()
+    codes, printed = place.run("moved", stop_at(6), resume=origin)
+    assert codes == [0, 0] and resumed_from(printed) == str(origin) and place.checkpoints("moved") == [6]
+    codes, printed = place.run("moved", stop_at(3), resume=halves / "step-00000002")
+    assert codes == [0, 0] and resumed_from(printed) == str(halves / "step-00000002")
+
+
+def test_going_back_in_a_run_is_not_undone_by_a_stop(place, halves):
+    """Until it has saved, the new continuation finds only checkpoints of the one that it has left; later it needs
+    the one it began with no more."""
+    shutil.copytree(halves.parent, place.folder / "back")
+    back = place.folder / "back" / "checkpoints"
+    origin = back / "step-00000004"
+    for fault in (stop_at(0, "resume"), stop_at(7)):
+        codes, printed = place.run("back", fault, save_every=2, keep_last=1, resume=origin)
+        assert codes == [0, 0] and resumed_from(printed) == str(origin), printed
+    assert place.checkpoints("back") == [7]
+    codes, printed = place.run("back", save_every=2, keep_last=1, resume=origin)
+    assert codes == [0, 0] and resumed_from(printed) == str(back / "step-00000007"), printed
+    assert place.weights("back") == place.weights("whole")
+
+
+def test_another_model_is_refused_with_the_keys_that_differ(place, halves):
+    origin = halves / "step-00000004"
+    codes, printed = place.run("wider", resume=origin, changed={"model.width": 64, "model.attention.window": 4})
+    assert codes == [84, 84] and "Traceback" not in printed
+    assert printed.count(f"error: {origin} holds the weights of another model (model.width was 32, is 64; "
+                         "model.attention.window was 8, is 4): start it as it was saved") == 1
+
+
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_an_average_that_a_checkpoint_lacks_begins_with_its_weights(place, stage):
+    """And one that is not kept any more is left."""
+    name, averaged = f"last {stage}", f"averaged {stage}"
+    place.run(f"averages {stage}", stage=stage, steps=3)
+    origin = place.folder / f"averages {stage}" / "checkpoints" / "step-00000003"
+    codes, printed = place.run(name, stage=stage, steps=5, resume=origin, changed={"optim.ema_decay": 0.0})
+    assert codes == [0, 0] and "begins anew" not in printed, printed
+    origin = place.folder / name / "checkpoints" / "step-00000005"
+    codes, printed = place.run(averaged, stage=stage, steps=5, resume=origin)
+    assert codes == [0, 0], printed
+    assert printed.count(f"{origin} holds no average of the weights: it begins anew, with the weights") == 1
+    assert place.weights(averaged) == place.weights(name)
+
+
+def test_a_sampling_of_times_that_a_checkpoint_lacks_begins_anew(place, halves):
+    key, origin = "model.diffusion.time_sampling", halves / "step-00000004"
+    for name, changed in (("adaptive", {key: "adaptive"}),
+                          ("loss_second_moment", {key: "loss_second_moment", "model.diffusion.steps": 4,
+                                                   "model.diffusion.schedule": "sqrt"})):
+        codes, printed = place.run(name, steps=6, resume=origin, changed=changed)
+        assert codes == [0, 0], printed
+        assert f"{origin} has not learnt which times to draw by {key} = {name!r}: that begins anew" in printed
+        assert f"resuming with {key} = {name!r} (was " in printed
+        origin = place.folder / name / "checkpoints" / "step-00000006"
+
+
+def test_checkpoints_that_say_nothing_of_their_model_are_resumed(place, halves):
+    folder = place.folder / "earlier version"
+    shutil.copytree(halves / "step-00000004", folder)
+    manifest = checkpoint.check(folder)
+    (folder / "manifest.json").unlink()
+    checkpoint.seal(folder, {name: manifest[name] for name in ("step", "topology", "guard", "rows_done")})
+    codes, printed = place.run("later version", resume=folder)
+    assert codes == [0, 0] and resumed_from(printed) == str(folder), printed
+    assert place.weights("later version") == place.weights("whole")
 
 
 def kill_again_and_again(place, name, kills, steps):

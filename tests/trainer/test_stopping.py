@@ -13,7 +13,7 @@ import pytest
 from tests.trainer.faults import AtBeat, SignalWhilePreparing
 from tests.trainer.forked import free_port
 from tests.trainer.launching import ROOT, command_line, ds_config, lines
-from tests.trainer.workplace import SECONDS, WORLD, Workplace
+from tests.trainer.workplace import SECONDS, STEPS, WORLD, Workplace
 from trainer import checkpoint
 
 INTERLUDES = {"eval_every": 5, "sample_every": 5}
@@ -51,6 +51,34 @@ def test_a_signal_in_any_phase_saves_and_ends_with_0(place, phase, number):
         assert len(lines(place.folder / name, "eval")) == (phase == "sample")
     codes, printed = place.run(name, save_every=5, **INTERLUDES)
     assert codes == [0, 0] and place.weights(name) == place.weights("whole")
+
+
+@pytest.fixture(scope="module")
+def evaluated(place):
+    """The name of a finished run with evaluation and samples."""
+    codes, printed = place.run("evaluated", **INTERLUDES)
+    assert codes == [0, 0], printed
+    return "evaluated"
+
+
+@pytest.mark.parametrize("phase, left", [("train", {"eval": 0, "samples": 0}), ("evaluate", {"eval": 0, "samples": 0}),
+                                         ("sample", {"eval": 1, "samples": 0})])
+def test_the_last_steps_evaluation_is_not_lost(place, evaluated, phase, left):
+    """A request in the last step leaves the run unfinished; the next start does what is missing, and no more."""
+    name = f"last {phase}"
+    codes, printed = place.run(name, AtBeat(rank=1, phase=phase, step=STEPS, signal=signal.SIGUSR1), **INTERLUDES)
+    assert codes == [0, 0], printed
+    assert (status(place, name)["status"], status(place, name)["step"]) == ("preempted", STEPS)
+    assert place.checkpoints(name) == [STEPS] and not (place.folder / name / "model").exists()
+    for kind, count in left.items():
+        assert sum(line["step"] == STEPS for line in lines(place.folder / name, kind)) == count
+    codes, printed = place.run(name, **INTERLUDES)
+    assert codes == [0, 0] and status(place, name)["status"] == "done", printed
+    assert place.weights(name) == place.weights(evaluated) == place.weights("whole")
+    for kind in ("eval", "samples"):
+        assert lines(place.folder / name, kind) == lines(place.folder / evaluated, kind)
+    texts = Path("samples", f"step-{STEPS:08d}.jsonl")
+    assert (place.folder / name / texts).read_text() == (place.folder / evaluated / texts).read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])

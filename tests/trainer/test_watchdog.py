@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ import torch
 from model.errors import ConfigError
 from tests.trainer.launching import ROOT
 from trainer.config import recomputed_layers
+from trainer.loop import TrainingRun
 from trainer.profiling import Profiler, step_range
 from trainer.watchdog import Watchdog, slowest
 
@@ -122,3 +124,14 @@ def test_the_end_of_a_launcher_is_a_request_to_stop(tmp_path):
     time.sleep(1.5)
     os.kill(launcher, signal.SIGKILL)
     assert shell.stdout.readline() == "the launcher has ended\n"
+
+
+def test_a_rank_is_slow_by_the_steps_since_the_last_line():
+    """Not by train.log_every: fewer steps lie behind the last line, and behind the first one after a resume."""
+    said = []
+    run = SimpleNamespace(step=23, logged_at=20, seconds_W=[0.3, 0.9], say=said.append,
+                          log=SimpleNamespace(write=lambda *_: None), ranks=SimpleNamespace(world=2),
+                          metrics=SimpleNamespace(steps=0), run=SimpleNamespace(train=SimpleNamespace(log_every=20)))
+    TrainingRun._log(run, info=None, bar=None)
+    assert said == ["step 23: rank 1 is slow: 0.300 s a step for its part"]
+    assert run.seconds_W == [0.0, 0.0] and run.logged_at == 23
