@@ -218,9 +218,13 @@ class Engine:
     def load(self, folder: Path) -> bool:
         """Restores what a checkpoint of `state_files` holds, on the same topology. Returns whether it held an average
         where one is kept; otherwise that begins anew, with the weights."""
+        own = [{name: value for name, value in group.items() if name != "params"}
+               for group in self.optimizer.param_groups]
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load its state; see its message above")
+        for group, settings in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(settings)  # the checkpoint's weight decay and betas came with it
         state = torch.load(folder / rank_file(self.ranks.rank), map_location=self.ranks.device, weights_only=True)
         anew = bool(self.ema) and not state["ema"]
         self.updates = 0 if anew else state["updates"]

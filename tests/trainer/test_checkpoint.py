@@ -200,6 +200,15 @@ def test_another_model_is_refused_with_the_keys_that_differ(place, halves):
                          "model.attention.window was 8, is 4): start it as it was saved") == 1
 
 
+def test_the_optimizers_settings_are_the_configurations_not_the_checkpoints(place, halves):
+    origin = halves / "step-00000004"
+    for name, changed in (("as saved", {}), ("decay", {"optim.weight_decay": 10.0}),
+                          ("betas", {"optim.betas": [0, 0]})):
+        codes, printed = place.run(name, resume=origin, changed=changed)
+        assert codes == [0, 0], printed
+        assert (place.weights(name) == place.weights("whole")) == (name == "as saved")
+
+
 @pytest.mark.parametrize("stage", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_an_average_that_a_checkpoint_lacks_begins_with_its_weights(place, stage):
     """And one that is not kept any more is left."""
