@@ -7,8 +7,8 @@ of size h = l_s - l_t from level t to the cleaner s, with the estimate D of the 
     SDE:  z_s = sigma_s / sigma_t * exp(-h) z_t  + alpha_s * (1 - exp(-2h)) * D + sigma_s * sqrt(1 - exp(-2h)) * noise
 
 First order takes D = x(t), the present estimate; second order (2M) extrapolates from the one before,
-D = x(t) + h / (2 h_before) * (x(t) - x(before)). The first-order ODE step is that of DDIM (Song et al. 2020,
-arXiv 2010.02502) between the levels that are visited, the first-order SDE step exactly the ancestral one.
+D = x(t) + h / (2 h_before) * (x(t) - x(before)), unless h_before = 0. The first-order ODE step is that of DDIM (Song et
+al. 2020, arXiv 2010.02502) between the levels that are visited, the first-order SDE step exactly the ancestral one.
 """
 
 from __future__ import annotations
@@ -165,6 +165,9 @@ class _Solver:
         self.order, self.stochastic = SOLVERS[name]
         self.alphas, self.sigmas = alpha_sigma(levels)
         self.half_steps = levels.diff() / 2
+        ratios = self.half_steps[1:] / (2 * self.half_steps[:-1])
+        # Schedules that are cut or discrete may give one level twice: the step after such a pair is of first order.
+        self.ratios = ratios.masked_fill(self.half_steps[:-1] == 0, 0.0)
         self._before_NE: Tensor | None = None
 
     def step(self, index: int, z_NE: Tensor, estimate_NE: Tensor, fresh_NE: Tensor) -> Tensor:
@@ -174,7 +177,7 @@ class _Solver:
         shrink = sigma / self.sigmas[index]
         target_NE = estimate_NE
         if self.order == 2 and self._before_NE is not None:
-            target_NE = estimate_NE + h / (2 * self.half_steps[index - 1]) * (estimate_NE - self._before_NE)
+            target_NE = estimate_NE + self.ratios[index - 1] * (estimate_NE - self._before_NE)
         self._before_NE = estimate_NE
         if self.stochastic:
             return (shrink * torch.exp(-h) * z_NE - alpha * torch.expm1(-2 * h) * target_NE
