@@ -42,7 +42,8 @@ GRIDS = ("time", "log_snr")
 class SamplerSettings:
     """solver: a name of SOLVERS, or COMPAT, which knows no grid, temperature, guidance and clamp. steps: noise levels
     that are visited, one network evaluation each (two with guidance). grid: levels evenly spaced in the schedule's
-    `time` or in `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens.
+    `time` or in `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens;
+    1 for a model that predicts embeddings (loss = mse), whose mean is its prediction itself.
     guidance: w of classifier-free guidance, free + w * (conditional - free) on the prediction (Ho & Salimans 2022,
     arXiv 2207.12598); 1 is none. clamp: replace the mean by the nearest token's embedding (rounding)."""
 
@@ -64,6 +65,9 @@ class SamplerSettings:
             raise ConfigError("sample.guidance", f"is {self.guidance}, but the model is trained with "
                               "model.diffusion.source_dropout = 0 and never sees an empty source: set it to 1, or "
                               "train with a source_dropout of about 0.1")
+        if self.temperature != 1 and config.diffusion.loss == "mse":
+            raise ConfigError("sample.temperature", f"is {self.temperature}, which sharpens predicted tokens, but "
+                              "with model.diffusion.loss = mse the model predicts embeddings: set it to 1")
         if self.solver != COMPAT:
             return
         if config.network != "bert":

@@ -144,6 +144,14 @@ def test_guidance_is_refused_where_the_model_never_saw_an_empty_source():
     assert error.value.key == "sample.guidance"
 
 
+def test_temperature_is_refused_where_embeddings_are_predicted():
+    config = replace(small_config(loss="mse"), bayes_skip=False)
+    SamplerSettings().check(config)
+    with pytest.raises(ConfigError, match="predicts embeddings") as error:
+        SamplerSettings(temperature=0.5).check(config)
+    assert error.value.key == "sample.temperature"
+
+
 def test_sources_are_emptied_to_their_marks():
     without = Segment(np.empty(0, np.int64), np.full(4, PAD), 0, 1)
     batch = candidates_batch([canvas(3, 4), canvas(8, 4, tokens=2), without])
