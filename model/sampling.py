@@ -103,12 +103,15 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
     """Denoises the target tokens of a CPU batch, whose canvases stand in the order of their copies and may differ in
     length. What a canvas becomes is fixed by (seed, sample, draw), not by the batch that it is in.
 
-    trace: is given the most likely tokens, [C, L] on the CPU, of every step. between: called before every step;
-    may raise to abandon the sampling. ConfigError as from `settings.check`.
+    trace: is given the most likely tokens, [C, L] on the CPU, of every step; not by COMPAT, which refuses it.
+    between: called before every step; may raise to abandon the sampling. ConfigError as from `settings.check`.
     """
     settings.check(model.config)
     if settings.solver == COMPAT:
-        return _sample_compat(model, batch, settings, device)
+        if trace is not None:
+            raise ConfigError("sample.solver", f"{COMPAT} keeps no trace of its steps: choose one of "
+                              f"{', '.join(SOLVERS)}")
+        return _sample_compat(model, batch, settings, device, between)
     config = model.config
     canvases = _Canvases(batch, settings.seed, config, device)
     network = _Network(model, batch, device)
@@ -272,7 +275,7 @@ class _Network:
 
 
 def _sample_compat(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings,
-                   device: torch.device | str) -> Drawn:
+                   device: torch.device | str, between: Callable[[], None]) -> Drawn:
     """`sample` by COMPAT: starts from plain noise without the absorbing vector, and decodes the state it ends in."""
     config = model.config
     canvases = _Canvases(batch, settings.seed, config, device)
@@ -283,6 +286,7 @@ def _sample_compat(model: DiffusionLM, batch: PackedBatch, settings: SamplerSett
     absorbed_N = torch.zeros_like(start_NE[:, 0], dtype=torch.bool)
 
     def predict(x_NE: Tensor, step: float) -> Tensor:
+        between()
         level = model.schedule.log_snr_at(torch.tensor(step, device=x_NE.device)).float()
         return network(x_NE - origin_E, absorbed_N, level, zeros_NE)[0] + origin_E
 

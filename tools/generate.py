@@ -93,6 +93,8 @@ def main() -> None:
     folder = model_folder(args.model)
     config, vocabulary = read_description(folder)
     how = chosen_sampling(config, args)
+    if args.trace and how.solver == COMPAT:
+        raise ConfigError("--trace", f"does not apply to --solver {COMPAT}, which keeps no trace of its steps")
     writer = Writer(folder, args.device, how.settings(), how.candidates, args.deterministic)
     output = args.output or (None if args.prompt is not None else default_output(args))
     facts = {"model": str(folder.absolute()), "settings": dataclasses.asdict(how.settings()),

@@ -9,8 +9,9 @@ import torch
 from model.diffusion.schedule import alpha_sigma
 from model.errors import ConfigError
 from model.packing import Segment, candidates_batch
-from model.sampling import GRIDS, SOLVERS, SamplerSettings, _Solver, noise_levels, sample
+from model.sampling import COMPAT, GRIDS, SOLVERS, SamplerSettings, _Solver, noise_levels, sample
 from tests.model.small import CANVAS, VOCABULARY, small_config, small_model
+from tests.model.test_bert_denoiser import bert_config
 
 F64 = torch.float64
 EOS, PAD = 2, 3
@@ -150,6 +151,27 @@ def test_temperature_is_refused_where_embeddings_are_predicted():
     with pytest.raises(ConfigError, match="predicts embeddings") as error:
         SamplerSettings(temperature=0.5).check(config)
     assert error.value.key == "sample.temperature"
+
+
+@pytest.mark.parametrize("solver", ["ddim", COMPAT])
+def test_sampling_is_abandoned_between_its_steps(solver):
+    calls = []
+
+    def between():
+        calls.append(solver)
+        if len(calls) == 4:
+            raise InterruptedError
+
+    model, batch = small_model(bert_config()), candidates_batch([canvas(3)])
+    sample(model, batch, SamplerSettings(solver=solver, steps=3), between=between)
+    assert len(calls) == 3
+    with pytest.raises(InterruptedError):
+        sample(model, batch, SamplerSettings(solver=solver, steps=3), between=between)
+
+
+def test_the_originals_solver_refuses_a_trace():
+    with pytest.raises(ConfigError, match="keeps no trace"):
+        sample(small_model(bert_config()), candidates_batch([canvas(3)]), SamplerSettings(solver=COMPAT), trace=[])
 
 
 def test_sources_are_emptied_to_their_marks():

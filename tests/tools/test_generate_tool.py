@@ -11,11 +11,14 @@ from tools import convert_checkpoint, generate
 
 JOINT = {"model__diffusion__conditioning": "joint", "data__draws_per_source": 1, "model__diffusion__infilling": 0.5}
 
+BERT = {"model__moe__experts": 1, "data__draws_per_source": 1}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return {"cached": exported_run(tmp_path_factory.mktemp("cached"), model__diffusion__source_dropout=0.1),
-            "joint": exported_run(tmp_path_factory.mktemp("joint"), **JOINT)}
+            "joint": exported_run(tmp_path_factory.mktemp("joint"), **JOINT),
+            "bert": exported_run(tmp_path_factory.mktemp("bert"), "diffuseq", **BERT)}
 
 
 @pytest.fixture
@@ -97,6 +100,8 @@ def test_texts_from_nothing(runs, tool, tmp_path):
     ("cached", ["--texts_only"], 80, "--texts_only: only applies"),
     ("cached", ["--split", "test", "--prompt", "a"], 80, "not allowed with"),
     ("cached", ["--solver", "diffuseq_v2_compat"], 80, "sample.solver: diffuseq_v2_compat"),
+    ("bert", ["--solver", "diffuseq_v2_compat", "--no-clamp", "--trace"], 80, "--trace: does not apply to --solver"),
+    ("bert", ["--temperature", 0.5], 80, "sample.temperature: is 0.5"),
 ])
 def test_mistakes_are_one_line(runs, tool, tmp_path, kind, arguments, expect, message):
     (tmp_path / "file.jsonl").write_text('{"src": "a", "trg": "b <gap:2>"}\n')
