@@ -36,6 +36,7 @@ from model.errors import ConfigError
 from model.sampling import COMPAT, GRIDS, SOLVERS
 from tools.command import run
 from tools.generating.asked import Asked, Documents, Gapped, Nothing, Prompt
+from tools.generating.identity import check as check_output
 from tools.generating.identity import digest, resume
 from tools.generating.writer import Writer, written
 from trainer.config import RunConfig, SampleConfig
@@ -98,8 +99,11 @@ def main() -> None:
         raise ConfigError("--trace", f"does not apply to --solver {COMPAT}, which keeps no trace of its steps")
     writer = Writer(folder, args.device, how.settings(), how.candidates, args.deterministic)
     output = args.output or (None if args.prompt is not None else default_output(args))
+    known = facts(folder, how, args) if output else {}
+    if output:
+        check_output(output, known)  # before the documents are tokenized, which may take long
     asked = open_asked(config, vocabulary, args)
-    done = resume(output, facts(folder, how, asked, args)) if output else set()
+    done = resume(output, {**known, "documents": asked.digest}) if output else set()
     left = [number for number in asked.numbers if number not in done]
     tasks = (asked.task(number) for number in left)
     parts = iter(lambda: list(islice(tasks, 1 if args.deterministic else args.batch)), [])
@@ -166,8 +170,8 @@ def open_asked(config: RunConfig, vocabulary: Vocabulary, args: argparse.Namespa
     return Documents(config, where, args.limit, targets_needed=not args.input)
 
 
-def facts(folder: Path, how: SampleConfig, asked: Asked, args: argparse.Namespace) -> dict:
-    """All that the texts depend on, ready for JSON."""
+def facts(folder: Path, how: SampleConfig, args: argparse.Namespace) -> dict:
+    """All that the texts depend on, apart from the documents, ready for JSON."""
     try:
         weights = digest(weight_files(folder))
     except OSError as error:
@@ -175,8 +179,7 @@ def facts(folder: Path, how: SampleConfig, asked: Asked, args: argparse.Namespac
     return {"model": str(folder.absolute()), "weights": weights, "settings": dataclasses.asdict(how.settings()),
             "candidates": how.candidates, "deterministic": args.deterministic, "limit": args.limit,
             "asked": {name: getattr(args, name) for name in
-                      ("split", "input", "prompt", "fill", "unconditional", "texts_only")},
-            "documents": asked.digest}
+                      ("split", "input", "prompt", "fill", "unconditional", "texts_only")}}
 
 
 def default_output(args: argparse.Namespace) -> Path:

@@ -112,7 +112,7 @@ def test_texts_of_other_weights_or_documents_are_not_continued(runs, tool, tmp_p
 @pytest.mark.parametrize("settings, message", [
     ("", "which says what {output} was made with, is damaged"), ('{"model": ', "is damaged"), ("[1]", "is damaged"),
     (None, "has no out.settings.json beside it"),
-    ("without", "does not say which documents and weights {output} was made with: remove it"),
+    ("without", "does not say with which weights {output} was made: remove it"),
 ])
 def test_texts_of_which_nobody_knows_what_made_them_are_not_continued(runs, tool, tmp_path, settings, message):
     output, made_with = tmp_path / "out.jsonl", tmp_path / "out.settings.json"

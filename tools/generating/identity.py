@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from model.errors import ConfigError
+from tools.command import writing
 from trainer.data.files import write_whole
 from trainer.errors import DataError
 
@@ -21,27 +22,34 @@ def digest(paths: Iterable[Path]) -> str:
     return total.hexdigest()
 
 
+def check(output: Path, facts: dict) -> None:
+    """ConfigError where `output` cannot be, or holds texts of which it is not known that they were made with these
+    facts: some or all of those that `resume` will be given, ready for JSON."""
+    with writing("--output", output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists() and output.read_bytes():
+            _compare(output, facts)
+
+
 def resume(output: Path, facts: dict) -> set[int]:
     """Documents that `output` holds already; its half-written last line is dropped. facts: all that its texts depend
-    on, ready for JSON. ConfigError where it was made otherwise, or nothing can be written; DataError for a line that is
-    no record."""
-    made_with = output.with_suffix(".settings.json")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    on, which are kept beside it. ConfigError as from `check`; DataError for a line that is no record."""
+    check(output, facts)
+    with writing("--output", output):
+        content = (json.dumps(facts, indent=1) + "\n").encode()
+        write_whole(_made_with(output), lambda handle: handle.write(content))
         lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
-        if lines:
-            _check(output, made_with, facts)
-        write_whole(made_with, lambda handle: handle.write((json.dumps(facts, indent=1) + "\n").encode()))
         if lines and not lines[-1].endswith(b"\n"):
             output.write_bytes(b"".join(lines := lines[:-1]))
-    except OSError as error:
-        raise ConfigError("--output", f"{output} cannot be written: {error.strerror or error}") from error
     return {_document(line, f"{output}:{number}") for number, line in enumerate(lines, 1)}
 
 
-def _check(output: Path, made_with: Path, facts: dict) -> None:
-    """Refuses to go on with texts of which `made_with` does not say that they were made with these facts."""
-    otherwise = "remove it, or choose another file"
+def _made_with(output: Path) -> Path:
+    return output.with_suffix(".settings.json")
+
+
+def _compare(output: Path, facts: dict) -> None:
+    made_with, otherwise = _made_with(output), "remove it, or choose another file"
     try:
         before = dict(json.loads(made_with.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -51,8 +59,8 @@ def _check(output: Path, made_with: Path, facts: dict) -> None:
         raise ConfigError("--output", f"{made_with}, which says what {output} was made with, is damaged: remove both, "
                           "or choose another file") from None
     if unknown := facts.keys() - before.keys():
-        raise ConfigError("--output", f"{made_with} does not say which {' and '.join(sorted(unknown))} {output} was "
-                          f"made with: {otherwise}")
+        raise ConfigError("--output", f"{made_with} does not say with which {' and '.join(sorted(unknown))} {output} "
+                          f"was made: {otherwise}")
     if changed := [name for name, value in facts.items() if before[name] != value]:
         raise ConfigError("--output", f"{output} was made with another model, other documents or other settings "
                           f"({', '.join(changed)}): {otherwise}")
