@@ -7,8 +7,8 @@ of size h = l_s - l_t from level t to the cleaner s, with the estimate D of the 
     SDE:  z_s = sigma_s / sigma_t * exp(-h) z_t  + alpha_s * (1 - exp(-2h)) * D + sigma_s * sqrt(1 - exp(-2h)) * noise
 
 First order takes D = x(t), the present estimate; second order (2M) extrapolates from the one before,
-D = x(t) + h / (2 h_before) * (x(t) - x(before)). The first-order ODE step is that of DDIM (Song et al. 2020,
-arXiv 2010.02502) between the levels that are visited, the first-order SDE step exactly the ancestral one.
+D = x(t) + h / (2 h_before) * (x(t) - x(before)), unless h_before = 0. The first-order ODE step is that of DDIM (Song et
+al. 2020, arXiv 2010.02502) between the levels that are visited, the first-order SDE step exactly the ancestral one.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ GRIDS = ("time", "log_snr")
 class SamplerSettings:
     """solver: a name of SOLVERS, or COMPAT, which knows no grid, temperature, guidance and clamp. steps: noise levels
     that are visited, one network evaluation each (two with guidance). grid: levels evenly spaced in the schedule's
-    `time` or in `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens.
+    `time` or in `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens;
+    1 for a model that predicts embeddings (loss = mse), whose mean is its prediction itself.
     guidance: w of classifier-free guidance, free + w * (conditional - free) on the prediction (Ho & Salimans 2022,
     arXiv 2207.12598); 1 is none. clamp: replace the mean by the nearest token's embedding (rounding)."""
 
@@ -64,6 +65,9 @@ class SamplerSettings:
             raise ConfigError("sample.guidance", f"is {self.guidance}, but the model is trained with "
                               "model.diffusion.source_dropout = 0 and never sees an empty source: set it to 1, or "
                               "train with a source_dropout of about 0.1")
+        if self.temperature != 1 and config.diffusion.loss == "mse":
+            raise ConfigError("sample.temperature", f"is {self.temperature}, which sharpens predicted tokens, but "
+                              "with model.diffusion.loss = mse the model predicts embeddings: set it to 1")
         if self.solver != COMPAT:
             return
         if config.network != "bert":
@@ -99,12 +103,15 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
     """Denoises the target tokens of a CPU batch, whose canvases stand in the order of their copies and may differ in
     length. What a canvas becomes is fixed by (seed, sample, draw), not by the batch that it is in.
 
-    trace: is given the most likely tokens, [C, L] on the CPU, of every step. between: called before every step;
-    may raise to abandon the sampling. ConfigError as from `settings.check`.
+    trace: is given the most likely tokens, [C, L] on the CPU, of every step; not by COMPAT, which refuses it.
+    between: called before every step; may raise to abandon the sampling. ConfigError as from `settings.check`.
     """
     settings.check(model.config)
     if settings.solver == COMPAT:
-        return _sample_compat(model, batch, settings, device)
+        if trace is not None:
+            raise ConfigError("sample.solver", f"{COMPAT} keeps no trace of its steps: choose one of "
+                              f"{', '.join(SOLVERS)}")
+        return _sample_compat(model, batch, settings, device, between)
     config = model.config
     canvases = _Canvases(batch, settings.seed, config, device)
     network = _Network(model, batch, device)
@@ -165,6 +172,9 @@ class _Solver:
         self.order, self.stochastic = SOLVERS[name]
         self.alphas, self.sigmas = alpha_sigma(levels)
         self.half_steps = levels.diff() / 2
+        ratios = self.half_steps[1:] / (2 * self.half_steps[:-1])
+        # Schedules that are cut or discrete may give one level twice: the step after such a pair is of first order.
+        self.ratios = ratios.masked_fill(self.half_steps[:-1] == 0, 0.0)
         self._before_NE: Tensor | None = None
 
     def step(self, index: int, z_NE: Tensor, estimate_NE: Tensor, fresh_NE: Tensor) -> Tensor:
@@ -174,7 +184,7 @@ class _Solver:
         shrink = sigma / self.sigmas[index]
         target_NE = estimate_NE
         if self.order == 2 and self._before_NE is not None:
-            target_NE = estimate_NE + h / (2 * self.half_steps[index - 1]) * (estimate_NE - self._before_NE)
+            target_NE = estimate_NE + self.ratios[index - 1] * (estimate_NE - self._before_NE)
         self._before_NE = estimate_NE
         if self.stochastic:
             return (shrink * torch.exp(-h) * z_NE - alpha * torch.expm1(-2 * h) * target_NE
@@ -265,7 +275,7 @@ class _Network:
 
 
 def _sample_compat(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings,
-                   device: torch.device | str) -> Drawn:
+                   device: torch.device | str, between: Callable[[], None]) -> Drawn:
     """`sample` by COMPAT: starts from plain noise without the absorbing vector, and decodes the state it ends in."""
     config = model.config
     canvases = _Canvases(batch, settings.seed, config, device)
@@ -276,6 +286,7 @@ def _sample_compat(model: DiffusionLM, batch: PackedBatch, settings: SamplerSett
     absorbed_N = torch.zeros_like(start_NE[:, 0], dtype=torch.bool)
 
     def predict(x_NE: Tensor, step: float) -> Tensor:
+        between()
         level = model.schedule.log_snr_at(torch.tensor(step, device=x_NE.device)).float()
         return network(x_NE - origin_E, absorbed_N, level, zeros_NE)[0] + origin_E
 

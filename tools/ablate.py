@@ -34,7 +34,7 @@ from tools.ablating.grid import Grid
 from tools.ablating.grid_file import read_grid
 from tools.ablating.jobs import Job, deepspeed_file
 from tools.ablating.results import collect
-from tools.command import run
+from tools.command import run, writing
 from trainer.parser import Parser
 
 _TRAINING = 0.9
@@ -69,12 +69,18 @@ def main() -> None:
     name = args.grid.stem
     out = (args.out or Path("runs", "ablations", name)).absolute()
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if args.page:
+        with writing("--page", args.page):
+            args.page.mkdir(parents=True, exist_ok=True)
     jobs = planned(grid, args.data, out)
     failed = execute(jobs, slots)
     results = collect(grid, jobs, command(args))
-    (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
-    for folder in filter(None, (out, args.page)):
-        written = page.write(results, folder, name)
+    with writing("--out", out):
+        (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+        written = page.write(results, out, name)
+    if args.page:
+        with writing("--page", args.page):
+            written = page.write(results, args.page, name)
     print(written.read_text())
     print(f"page in {written}")
     if failed:
@@ -96,8 +102,9 @@ def command(args: argparse.Namespace) -> str:
 
 def planned(grid: Grid, root: Path | None, out: Path) -> list[Job]:
     """The runs of the grid, their documents ready."""
-    out.mkdir(parents=True, exist_ok=True)
-    deepspeed_file(out)
+    with writing("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        deepspeed_file(out)
     data = {name: documents.prepare(name, each, root, grid.documents, out / "data" / name)
             for name, each in grid.data.items()}
     children = Children()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
+from model.errors import ConfigError
 from trainer.errors import ExitCode, exit_code_of
 
 
@@ -28,3 +31,12 @@ def run(main: Callable[[], None]) -> None:
             traceback.print_exc()
         print(f"error: {error}", file=sys.stderr)
         sys.exit(code)
+
+
+@contextlib.contextmanager
+def writing(option: str, place: Path) -> Iterator[None]:
+    """ConfigError for the option that named a place where the block cannot write."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(option, f"{place} cannot be written: {error.strerror or error}") from error

@@ -23,7 +23,7 @@ import json
 from tqdm import tqdm
 
 from model.errors import ConfigError
-from tools.command import run
+from tools.command import run, writing
 from tools.scoring.baselines import baselines, median_words
 from tools.scoring.bootstrap import RESAMPLES, difference
 from tools.scoring.columns import COLUMNS
@@ -116,15 +116,16 @@ def main() -> None:
     scores = {name: score(each, references, task=args.task, encoder=encoder, resamples=args.resamples)
               for name, each in tqdm(texts.items(), desc="scoring", unit="system", leave=False)}
     trivial = {name: found for name, found in scores.items() if name not in map(str, files)}
-    for path in files:
-        own = {"model": scores[str(path)], **trivial}
-        path.with_suffix(".scores.md").write_text(to_markdown(own))
-        path.with_suffix(".scores.json").write_text(to_json(own))
+    by_file = {path: {"model": scores[str(path)], **trivial} for path in files}
     if len(files) == 1:
-        print(to_markdown(own))
+        print(to_markdown(by_file[args.generations[0]]))
     else:
         print(to_markdown(scores))
         print(differences({name: scores[name] for name in map(str, files)}, args.resamples))
+    for path, own in by_file.items():
+        for ending, text in ((".scores.md", to_markdown(own)), (".scores.json", to_json(own))):
+            with writing("generations", path.with_suffix(ending)):
+                path.with_suffix(ending).write_text(text)
 
 
 if __name__ == "__main__":

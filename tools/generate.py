@@ -36,11 +36,13 @@ from model.errors import ConfigError
 from model.sampling import COMPAT, GRIDS, SOLVERS
 from tools.command import run
 from tools.generating.asked import Asked, Documents, Gapped, Nothing, Prompt
+from tools.generating.identity import check as check_output
+from tools.generating.identity import digest, resume
 from tools.generating.writer import Writer, written
 from trainer.config import RunConfig, SampleConfig
 from trainer.data.vocabulary import Vocabulary
-from trainer.errors import DataError
-from trainer.export import model_folder, read_description
+from trainer.errors import CheckpointError, DataError
+from trainer.export import model_folder, read_description, weight_files
 from trainer.parser import Parser
 
 
@@ -69,7 +71,8 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--solver", choices=(*SOLVERS, COMPAT))
     how.add_argument("--steps", type=int, help="noise levels that are visited")
     how.add_argument("--grid", choices=GRIDS, help="where those levels lie: evenly in this")
-    how.add_argument("--temperature", type=float, help="below 1 sharpens each prediction")
+    how.add_argument("--temperature", type=float, help="below 1 sharpens each prediction, which must be "
+                     "of tokens (model.diffusion.loss = cross_entropy)")
     how.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
     how.add_argument("--candidates", type=int, metavar="N",
                      help="of N texts for each source, the one that minimum Bayes risk chooses")
@@ -92,14 +95,15 @@ def main() -> None:
     folder = model_folder(args.model)
     config, vocabulary = read_description(folder)
     how = chosen_sampling(config, args)
+    if args.trace and how.solver == COMPAT:
+        raise ConfigError("--trace", f"does not apply to --solver {COMPAT}, which keeps no trace of its steps")
     writer = Writer(folder, args.device, how.settings(), how.candidates, args.deterministic)
     output = args.output or (None if args.prompt is not None else default_output(args))
-    facts = {"model": str(folder.absolute()), "settings": dataclasses.asdict(how.settings()),
-             "candidates": how.candidates, "deterministic": args.deterministic, "limit": args.limit,
-             "asked": {name: getattr(args, name) for name in
-                       ("split", "input", "prompt", "fill", "unconditional", "texts_only")}}
-    done = resume(output, facts) if output else set()
+    known = facts(folder, how, args) if output else {}
+    if output:
+        check_output(output, known)  # before the documents are tokenized, which may take long
     asked = open_asked(config, vocabulary, args)
+    done = resume(output, {**known, "documents": asked.digest}) if output else set()
     left = [number for number in asked.numbers if number not in done]
     tasks = (asked.task(number) for number in left)
     parts = iter(lambda: list(islice(tasks, 1 if args.deterministic else args.batch)), [])
@@ -166,32 +170,24 @@ def open_asked(config: RunConfig, vocabulary: Vocabulary, args: argparse.Namespa
     return Documents(config, where, args.limit, targets_needed=not args.input)
 
 
+def facts(folder: Path, how: SampleConfig, args: argparse.Namespace) -> dict:
+    """All that the texts depend on, apart from the documents, ready for JSON."""
+    try:
+        weights = digest(weight_files(folder))
+    except OSError as error:
+        raise CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
+    return {"model": str(folder.absolute()), "weights": weights, "settings": dataclasses.asdict(how.settings()),
+            "candidates": how.candidates, "deterministic": args.deterministic, "limit": args.limit,
+            "asked": {name: getattr(args, name) for name in
+                      ("split", "input", "prompt", "fill", "unconditional", "texts_only")}}
+
+
 def default_output(args: argparse.Namespace) -> Path:
     """In the run's or model's own folder."""
     name = args.split or "unconditional"
     if where := args.input or args.fill:
         name = Path(where).name.partition(".")[0].replace("*", "") or "input"
     return args.model / "generations" / f"{name}.jsonl"
-
-
-def resume(output: Path, facts: dict) -> set[int]:
-    """Documents that `output` holds already; its half-written last line is dropped.
-
-    What the file was made with is kept beside it, so that two ways of generating never share a file.
-    """
-    made_with = output.with_suffix(".settings.json")
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
-        if lines and (not made_with.exists() or json.loads(made_with.read_text()) != facts):
-            raise ConfigError("--output", f"{output} was made with another model or other settings: remove it, or "
-                              "choose another file")
-        made_with.write_text(json.dumps(facts, indent=1) + "\n")
-        if lines and not lines[-1].endswith(b"\n"):
-            output.write_bytes(b"".join(lines := lines[:-1]))
-    except OSError as error:
-        raise ConfigError("--output", f"{output} cannot be written: {error.strerror or error}") from error
-    return {json.loads(line)["document"] for line in lines}
 
 
 if __name__ == "__main__":

@@ -45,6 +45,7 @@ from trainer.data.corpus import find_corpus
 from trainer.data.files import build_once
 from trainer.data.prepare import SPLITS
 from trainer.data.workers import Workers, local_workers, mpi_workers, under_mpi
+from trainer.parser import Parser
 
 _DEFAULTS = DataConfig()
 
@@ -52,8 +53,8 @@ _DEFAULTS = DataConfig()
 def build_parser() -> argparse.ArgumentParser:
     recipes = "\n".join(f"  {name:<13} {recipe.mapping}\n" + "".join(
         f"  {'':<13} {split}: {hub}\n" for split, hub in recipe.hub.items()) for name, recipe in RECIPES.items())
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog=f"recipes:\n{recipes}")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog=f"recipes:\n{recipes}")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     what = parser.add_argument_group("documents: JSON lines or Parquet (files, folders, globs), or one hub name")
     for split in SPLITS:
@@ -93,6 +94,8 @@ def main() -> None:
                 prepare(build_parser().parse_args(), workers)
         return
     args = build_parser().parse_args()
+    if args.workers < 0:
+        raise ConfigError("--workers", f"must be 0 (one for each core) or positive, not {args.workers}")
     with local_workers(args.workers) as workers:
         prepare(args, workers)
 

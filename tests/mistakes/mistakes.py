@@ -185,6 +185,9 @@ MISTAKES = [
             "but the model is trained with model.diffusion.source_dropout = 0 and never sees an empty source: set it "
             "to 1, or train with a source_dropout of about 0.1",
             set=("sample.guidance=2",)),
+    Mistake("Run configuration", "sharpening a model that predicts embeddings", "sample.temperature: is 0.5, which "
+            "sharpens predicted tokens, but with model.diffusion.loss = mse the model predicts embeddings: set it to 1",
+            set=("model.diffusion.loss=mse", "model.bayes_skip=false", "sample.temperature=0.5")),
     Mistake("Run configuration", "a range of noise that the schedule ignores", "model.diffusion.log_snr_range: only "
             "applies to schedule = log_snr, not sqrt",
             set=("model.diffusion.schedule=sqrt", "model.diffusion.log_snr_range=[-6, 0]")),

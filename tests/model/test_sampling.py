@@ -9,8 +9,9 @@ import torch
 from model.diffusion.schedule import alpha_sigma
 from model.errors import ConfigError
 from model.packing import Segment, candidates_batch
-from model.sampling import SamplerSettings, _Solver, noise_levels, sample
+from model.sampling import COMPAT, GRIDS, SOLVERS, SamplerSettings, _Solver, noise_levels, sample
 from tests.model.small import CANVAS, VOCABULARY, small_config, small_model
+from tests.model.test_bert_denoiser import bert_config
 
 F64 = torch.float64
 EOS, PAD = 2, 3
@@ -54,6 +55,41 @@ def test_grids_are_even_in_what_they_name():
     torch.testing.assert_close(log_snr.diff(), (log_snr[-1] - log_snr[0]).expand(8) / 8)
     t = (1 - time.double().sigmoid()).square() - 1e-4  # sqrt: alpha^2 = 1 - sqrt(t + 1e-4)
     torch.testing.assert_close(t[1:-1].diff(), torch.full((6,), -1 / 8, dtype=F64), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("schedule, discrete", [("log_snr", 0), ("sqrt", 0), ("cosine", 0), ("sqrt", 100),
+                                                ("cosine", 100), ("linear", 100)])
+@pytest.mark.parametrize("grid", GRIDS)
+def test_solvers_with_the_truth_as_estimate_keep_to_the_process_at_any_number_of_steps(schedule, discrete, grid):
+    """Also where two levels that are visited are one: beyond the cut of a schedule, and between discrete steps."""
+    model = small_model(small_config(schedule=schedule, steps=discrete))
+    generator = torch.Generator().manual_seed(0)
+    start, clean = torch.randn(2, 200, 4, generator=generator)
+    twice = False
+    for steps in (20, 150, 640, 700):
+        levels = noise_levels(model, SamplerSettings(steps=steps, grid=grid))
+        twice |= bool((levels.diff() == 0).any())
+        for name in SOLVERS:
+            solver = _Solver(name, levels)
+            z = solver.alphas[0] * clean + solver.sigmas[0] * start
+            for index in range(steps - 1):
+                z = solver.step(index, z, clean, torch.randn(200, 4, generator=generator))
+            noise = (z - solver.alphas[-1] * clean) / solver.sigmas[-1]
+            assert noise.abs().max() < 5 and 0.8 < noise.std() < 1.2, (steps, name)
+    assert twice == (grid == "time" and (schedule == "cosine" or bool(discrete)))
+
+
+def test_a_pair_of_equal_levels_changes_nothing():
+    """The first order of the step behind it apart."""
+    levels = torch.tensor([-6.0, -6.0, -3.0, 1.0, 1.0])
+    z, clean, noise = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0))
+    for name, (order, _) in SOLVERS.items():
+        plain, doubled = _Solver(name, levels[1:4]), _Solver(name, levels)
+        expected = [plain.step(index, z, clean / (index + 1), noise) for index in range(2)]
+        assert torch.equal(doubled.step(0, z, clean, noise), z)
+        found = [doubled.step(index + 1, z, clean / (index + 1), noise) for index in range(2)]
+        assert all(map(torch.equal, found, expected)), (name, order)
+        assert torch.equal(doubled.step(3, z, clean, noise), z)
 
 
 @pytest.mark.parametrize("conditioning", ["cached", "joint"])
@@ -107,6 +143,35 @@ def test_guidance_is_refused_where_the_model_never_saw_an_empty_source():
     with pytest.raises(ConfigError, match="source_dropout") as error:
         sample(small_model(small_config()), candidates_batch([canvas(3)]), SamplerSettings(guidance=2.0))
     assert error.value.key == "sample.guidance"
+
+
+def test_temperature_is_refused_where_embeddings_are_predicted():
+    config = replace(small_config(loss="mse"), bayes_skip=False)
+    SamplerSettings().check(config)
+    with pytest.raises(ConfigError, match="predicts embeddings") as error:
+        SamplerSettings(temperature=0.5).check(config)
+    assert error.value.key == "sample.temperature"
+
+
+@pytest.mark.parametrize("solver", ["ddim", COMPAT])
+def test_sampling_is_abandoned_between_its_steps(solver):
+    calls = []
+
+    def between():
+        calls.append(solver)
+        if len(calls) == 4:
+            raise InterruptedError
+
+    model, batch = small_model(bert_config()), candidates_batch([canvas(3)])
+    sample(model, batch, SamplerSettings(solver=solver, steps=3), between=between)
+    assert len(calls) == 3
+    with pytest.raises(InterruptedError):
+        sample(model, batch, SamplerSettings(solver=solver, steps=3), between=between)
+
+
+def test_the_originals_solver_refuses_a_trace():
+    with pytest.raises(ConfigError, match="keeps no trace"):
+        sample(small_model(bert_config()), candidates_batch([canvas(3)]), SamplerSettings(solver=COMPAT), trace=[])
 
 
 def test_sources_are_emptied_to_their_marks():

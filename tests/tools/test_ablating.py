@@ -1,6 +1,9 @@
 """The parts of tools/ablate.py: grid files, matched noise levels, differences, tables and plots."""
 
+import gzip
 import json
+import signal
+import sys
 import xml.dom.minidom
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +14,7 @@ import torch
 
 from model.errors import ConfigError
 from tests.trainer.launching import ROOT, SMALL, write_corpus
+from tools import ablate
 from tools.ablate import build_parser, command
 from tools.ablating import documents, page
 from tools.ablating.grid import DataSet, Run
@@ -173,6 +177,46 @@ def test_a_line_that_is_no_facts_is_named(facts_folder, tmp_path):
         (folder / f"{split}.jsonl").write_text('{"src": "no facts", "trg": "b"}\n')
     with pytest.raises(DataError, match=r"train.jsonl:1: its source has no name\[value\]"):
         documents.prepare("set", DataSet(form="facts"), tmp_path, 10, tmp_path / "out")
+
+
+GOOD = b'{"src": "a", "trg": "b"}\n'
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("test.jsonl", b"", "test.jsonl: is empty"),
+    ("train.jsonl", b"\n\n", "train.jsonl: is empty"),
+    ("valid.jsonl", GOOD + b'{"src": null, "trg": "b"}\n', "valid.jsonl:2: needs a JSON object with src and trg, both"),
+    ("valid.jsonl", b'{"src": "a"}\n', "valid.jsonl:1: needs a JSON object with src and trg, both strings"),
+    ("valid.jsonl", b"[]\n", "valid.jsonl: is empty"),
+    ("valid.jsonl", GOOD + b"7\n", "valid.jsonl:2: needs a JSON object"),
+    ("valid.jsonl", GOOD + b'{"src": \n', "valid.jsonl:2: is not valid JSON"),
+    ("train.jsonl", GOOD + b'{"src": "\xff", "trg": "b"}\n', "train.jsonl:2: is not UTF-8"),
+    ("train.jsonl.gz", gzip.compress(GOOD * 100)[:-12], "train.jsonl.gz: is damaged: "),
+    ("train.jsonl.gz", GOOD, "train.jsonl.gz: is damaged: "),
+])
+@pytest.mark.parametrize("form", ["text", "facts"])
+def test_faulty_documents_are_named(tmp_path, name, content, message, form):
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for split in documents.SPLITS:
+        (folder / f"{split}.jsonl").write_bytes(GOOD if form == "text" else GOOD.replace(b'"a"', b'"name[a]"'))
+    (folder / name).write_bytes(content if form == "text" else content.replace(b'"a"', b'"name[a]"'))
+    with pytest.raises(DataError) as raised:
+        documents.prepare("set", DataSet(form=form), tmp_path, 10, tmp_path / "out")
+    assert f"{folder}/{message}" in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("option", ["--out", "--page"])
+def test_a_place_where_nothing_can_be_written_is_named_before_anything_runs(tmp_path, monkeypatch, option):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(ablate, "execute", lambda *_: pytest.fail("it runs"))
+    places = {"--out": str(tmp_path / "out"), option: str(tmp_path / "file" / "below")}
+    words = ["ablate", str(write(tmp_path, GRID)), *(word for pair in places.items() for word in pair)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    with pytest.raises(ConfigError, match="cannot be written: Not a directory") as raised:
+        ablate.main()
+    assert raised.value.key == option
 
 
 def test_numbers_and_names_that_the_source_supports():

@@ -81,3 +81,12 @@ def test_mistakes_are_one_line(run_dir, arguments, expect, message):
     arguments = [part.format(run=run_dir, broken=broken, numbers=numbers) for part in arguments]
     printed = tool(*arguments, expect=expect)
     assert message.format(run=run_dir) in printed and len(printed.strip().splitlines()) == 1
+
+
+def test_scores_that_cannot_be_kept_are_printed(tmp_path):
+    texts = tmp_path / "a.jsonl"
+    texts.write_text('{"text": "a", "source": "b", "reference": "c"}\n')
+    texts.with_suffix(".scores.md").mkdir()
+    printed = tool("evaluate", texts, expect=80)
+    assert "| model |" in printed
+    assert printed.endswith(f"error: generations: {tmp_path}/a.scores.md cannot be written: Is a directory\n")

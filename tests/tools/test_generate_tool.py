@@ -1,9 +1,11 @@
 """What texts can be generated for, and that they do not depend on how the work is divided."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tools.converting import call
 from tests.tools.exported import exported_run
@@ -11,11 +13,14 @@ from tools import convert_checkpoint, generate
 
 JOINT = {"model__diffusion__conditioning": "joint", "data__draws_per_source": 1, "model__diffusion__infilling": 0.5}
 
+BERT = {"model__moe__experts": 1, "data__draws_per_source": 1}
+
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     return {"cached": exported_run(tmp_path_factory.mktemp("cached"), model__diffusion__source_dropout=0.1),
-            "joint": exported_run(tmp_path_factory.mktemp("joint"), **JOINT)}
+            "joint": exported_run(tmp_path_factory.mktemp("joint"), **JOINT),
+            "bert": exported_run(tmp_path_factory.mktemp("bert"), "diffuseq", **BERT)}
 
 
 @pytest.fixture
@@ -86,6 +91,56 @@ def test_texts_from_nothing(runs, tool, tmp_path):
     assert read(tmp_path / "texts.jsonl")[0].keys() == {"document", "text", "ended"}
 
 
+def test_texts_of_other_weights_or_documents_are_not_continued(runs, tool, tmp_path):
+    model = shutil.copytree(runs["cached"] / "model", tmp_path / "model")
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"src": "abc bad"}\n')
+    output = model / "generations" / "asked.jsonl"
+    tool(model, "--input", asked)
+    whole = output.read_text()
+    asked.write_text('{"src": "abc bed"}\n')
+    assert "other settings (documents)" in tool(model, "--input", asked, expect=80)
+    asked.write_text('{"src": "abc bad"}\n')
+    assert "1 texts in" in tool(model, "--input", asked)
+    weights = load_file(model / "model.safetensors")
+    weights["prior_count_V"][4] += 1  # of the same size
+    save_file(weights, model / "model.safetensors")
+    assert "other settings (weights)" in tool(model, "--input", asked, expect=80)
+    assert output.read_text() == whole
+
+
+@pytest.mark.parametrize("settings, message", [
+    ("", "which says what {output} was made with, is damaged"), ('{"model": ', "is damaged"), ("[1]", "is damaged"),
+    (None, "has no out.settings.json beside it"),
+    ("without", "does not say with which weights {output} was made: remove it"),
+])
+def test_texts_of_which_nobody_knows_what_made_them_are_not_continued(runs, tool, tmp_path, settings, message):
+    output, made_with = tmp_path / "out.jsonl", tmp_path / "out.settings.json"
+    arguments = [runs["cached"], "--limit", 2, "--output", output]
+    tool(*arguments)
+    if settings is None:
+        made_with.unlink()
+    elif settings == "without":
+        facts = json.loads(made_with.read_text())
+        made_with.write_text(json.dumps({name: facts[name] for name in facts.keys() - {"weights", "documents"}}))
+    else:
+        made_with.write_text(settings)
+    before = output.read_text()
+    said = tool(*arguments, expect=80)
+    assert message.format(output=output) in said and len(said.strip().splitlines()) == 1
+    assert output.read_text() == before
+    output.unlink()
+    tool(*arguments)
+    assert output.read_text() == before
+
+
+def test_a_line_that_is_no_text_is_named(runs, tool, tmp_path):
+    arguments = [runs["cached"], "--limit", 2, "--output", tmp_path / "out.jsonl"]
+    tool(*arguments)
+    (tmp_path / "out.jsonl").write_text('{"document": 0, "text": ""}\n{"docu\n')
+    assert "out.jsonl:2: is no text" in tool(*arguments, expect=81)
+
+
 @pytest.mark.parametrize("kind, arguments, expect, message", [
     ("cached", ["--fill", "{file}"], 80, "model.diffusion.infilling: is 0"),
     ("joint", ["--unconditional", 2], 80, "model.diffusion.source_dropout: is 0"),
@@ -97,6 +152,8 @@ def test_texts_from_nothing(runs, tool, tmp_path):
     ("cached", ["--texts_only"], 80, "--texts_only: only applies"),
     ("cached", ["--split", "test", "--prompt", "a"], 80, "not allowed with"),
     ("cached", ["--solver", "diffuseq_v2_compat"], 80, "sample.solver: diffuseq_v2_compat"),
+    ("bert", ["--solver", "diffuseq_v2_compat", "--no-clamp", "--trace"], 80, "--trace: does not apply to --solver"),
+    ("bert", ["--temperature", 0.5], 80, "sample.temperature: is 0.5"),
 ])
 def test_mistakes_are_one_line(runs, tool, tmp_path, kind, arguments, expect, message):
     (tmp_path / "file.jsonl").write_text('{"src": "a", "trg": "b <gap:2>"}\n')

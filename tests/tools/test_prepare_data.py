@@ -16,6 +16,7 @@ import pytest
 from model.errors import ConfigError
 from tests.trainer.launching import ROOT
 from tools import prepare_data
+from tools.command import run
 from tools.preparing import selection
 from tools.preparing.recipes import RECIPES
 from tools.preparing.selection import SPLITS, Selection, fingerprints, joined, normalized
@@ -365,6 +366,17 @@ def test_help_and_exit_codes(tmp_path):
     wrong = subprocess.run(command("--train", "none.jsonl", "--out", "x"), capture_output=True, text=True, cwd=tmp_path)
     assert wrong.returncode == 81
     assert wrong.stderr == "error: --train: none.jsonl: no such file or folder\n"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--trian", "x"], "error: command line: unrecognized arguments: --trian x (--help explains all of it)"),
+    (["--workers", "-3"], "error: --workers: must be 0 (one for each core) or positive, not -3"),
+])
+def test_a_command_line_that_cannot_work_ends_with_80(monkeypatch, capsys, words, message):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--train", "x", "--out", "y", *words])
+    with pytest.raises(SystemExit) as ended:
+        run(prepare_data.main)
+    assert ended.value.code == 80 and capsys.readouterr().err == f"{message}\n"
 
 
 @pytest.mark.slow

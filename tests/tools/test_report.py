@@ -143,6 +143,13 @@ def test_what_is_missing_is_said_with_its_command(tmp_path, parts, wanted):
     assert [line for line in wanted if line.format(run=run) not in words] == []
 
 
+def test_a_trace_without_texts_is_missing(tmp_path):
+    run = write_run(tmp_path / "run")
+    (run / "generations" / "trace.json").write_text('{"document": 0, "log_snr": [-3.0], "texts": []}')
+    report(run)
+    assert f"python tools/generate.py {run} --trace" in Page(run / "report.html").words
+
+
 def test_texts_without_scores_ask_for_them(tmp_path):
     run = write_run(tmp_path / "run")
     (run / "generations" / "test.scores.json").unlink()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import random
 from collections import defaultdict
@@ -11,8 +10,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.ablating.grid import DataSet
+from tools.command import writing
 from tools.scoring import facts
 from tools.scoring.baselines import baselines, median_words
+from trainer.data import records
 from trainer.data.evaluation import evaluation_samples
 from trainer.errors import DataError
 
@@ -61,22 +62,30 @@ def find(name: str, data: DataSet, root: Path | None) -> dict[str, Path]:
 
 
 def read(path: Path, form: str) -> list[Document]:
-    """The documents of a file; DataError names the line that is none."""
-    documents = []
-    with gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                record = json.loads(line)
-                source, target = record["src"], record["trg"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
-                raise DataError(f"{path}:{number}: needs a JSON object with src and trg ({error})") from None
+    """The documents of a file; DataError where it is damaged or empty, or names the line that is none."""
+    found = []
+    for block in records.json_blocks(path):
+        for source, target in zip(*records.documents(block, _Lines(form)), strict=True):
             asked = facts.facts(source) if form == "facts" else []
-            if form == "facts":
-                if not asked:
-                    raise DataError(f"{path}:{number}: its source has no name[value]: leave out form = \"facts\"")
-                source, target = facts.source_text(asked), facts.words(target)
-            documents.append(Document(source, target, asked))
-    return documents
+            found.append(Document(facts.source_text(asked), facts.words(target), asked) if asked
+                         else Document(source, target, asked))
+    return found
+
+
+@dataclass(frozen=True)
+class _Lines:
+    """How lines are read (`Reader`): src and trg, and in the form "facts" a source that states some."""
+
+    form: str
+    paired = True
+
+    def document(self, record: object, place: str) -> tuple[str, str]:
+        texts = [record.get(name) if isinstance(record, dict) else None for name in ("src", "trg")]
+        if not all(isinstance(text, str) for text in texts):
+            raise DataError(f"{place}: needs a JSON object with src and trg, both strings")
+        if self.form == "facts" and not facts.facts(texts[0]):
+            raise DataError(f"{place}: its source has no name[value]: leave out form = \"facts\"")
+        return texts[0], texts[1]
 
 
 def prepare(name: str, data: DataSet, root: Path | None, limit: int, out: Path) -> dict[str, str]:
@@ -89,10 +98,6 @@ def prepare(name: str, data: DataSet, root: Path | None, limit: int, out: Path) 
     groups = list(grouped.values())
     chosen = [groups[place] for place in evaluation_samples(len(groups), limit)]
     splits["test"] = [each[0] for each in chosen]
-    out.mkdir(parents=True, exist_ok=True)
-    for split, documents in splits.items():
-        _write(out / f"{split}.jsonl", "".join(
-            json.dumps({"src": each.source, "trg": each.target}) + "\n" for each in documents))
     sources, references = [each[0].source for each in chosen], [[one.target for one in each] for each in chosen]
     drawn = random.Random(0).choices(splits["train"], k=len(chosen))
     trivial = {"random training target": [each.target for each in drawn]}
@@ -102,7 +107,12 @@ def prepare(name: str, data: DataSet, root: Path | None, limit: int, out: Path) 
         trivial["nearest training facts' sentence"] = facts.nearest(asked, known)
     else:
         trivial |= baselines(sources, references, median_words([each[0] for each in references]))
-    _write(out / _TEST, json.dumps(asdict(Test(sources, references, asked, trivial))))
+    with writing("--out", out):
+        out.mkdir(parents=True, exist_ok=True)
+        for split, held in splits.items():
+            _write(out / f"{split}.jsonl", "".join(
+                json.dumps({"src": each.source, "trg": each.target}) + "\n" for each in held))
+        _write(out / _TEST, json.dumps(asdict(Test(sources, references, asked, trivial))))
     return {f"data.{split}": str(out / f"{split}.jsonl") for split in SPLITS}
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from model.packing import source_segment
+from tools.generating.identity import digest
 from trainer.config import RunConfig
 from trainer.data.corpus import find_corpus
 from trainer.data.evaluation import evaluation_samples
@@ -33,9 +34,10 @@ class Source(NamedTuple):
 
 
 class Asked(Protocol):
-    """numbers: of all that is wanted, in order."""
+    """numbers: of all that is wanted, in order. digest: of the documents; "" where the command line says all."""
 
     numbers: Sequence[int]
+    digest: str
 
     def task(self, number: int) -> Source | GappedText:
         """What the model is given."""
@@ -55,6 +57,7 @@ class Documents:
         self._samples, self._cache = self._data.samples("test", draws=1), self._data.caches["test"]
         self._targets_needed = targets_needed
         self.numbers = evaluation_samples(len(self._samples), limit).tolist()
+        self.digest = digest(path for folder in self._cache.folders for path in sorted(folder.iterdir()))
 
     def task(self, number: int) -> Source:
         """See Asked."""
@@ -84,7 +87,7 @@ class _OptionalTarget(Fields):
 class Prompt:
     """One source, from the command line."""
 
-    numbers = (0,)
+    numbers, digest = (0,), ""
 
     def __init__(self, config: RunConfig, vocabulary: Vocabulary, text: str):
         self._text, self._ids = text, _source(config, vocabulary, text)
@@ -100,6 +103,8 @@ class Prompt:
 
 class Nothing:
     """`count` times no source. texts_only: the model is one of texts that never had sources."""
+
+    digest = ""
 
     def __init__(self, config: RunConfig, vocabulary: Vocabulary, count: int, texts_only: bool):
         self.numbers = range(count)
@@ -122,7 +127,7 @@ class Gapped:
         data = dataclasses.replace(config.data, test=where)
         corpus = find_corpus(data.corpora("test")["test"], "test", data.cache_dir, "--fill")
         self._texts = [pair for block in corpus.blocks() for pair in zip(*documents(block, corpus.reader), strict=True)]
-        self.numbers = evaluation_samples(len(self._texts), limit).tolist()
+        self.numbers, self.digest = evaluation_samples(len(self._texts), limit).tolist(), corpus.digest
         self._tasks = {}
         for number in self.numbers:
             source, target = self._texts[number]

@@ -104,6 +104,7 @@ def read_run(path: Path, name: str) -> Run:
     if not (path / "config" / "run.toml").is_file() and not (path / "metrics.jsonl").is_file():
         raise CheckpointError(f"{path} is no run's folder: it has neither config/run.toml nor metrics.jsonl")
     checkpoints = list(completed(path).values())
+    trace = _json(path / "generations" / "trace.json")
     generated = sorted((path / "generations").glob("*.jsonl"))
     return Run(path=path, name=name, lines=_lines(path / "metrics.jsonl", ("kind", "step")),
                config=_toml(path / "config" / "run.toml"), deepspeed=_json(path / "config" / "deepspeed.json"),
@@ -111,7 +112,7 @@ def read_run(path: Path, name: str) -> Run:
                topology=_json(checkpoints[-1] / MANIFEST).get("topology", {}) if checkpoints else {},
                generations=[Generations(file, _lines(file, ("document", "text")),
                                         _json(file.with_suffix(".scores.json")) or None) for file in generated],
-               trace=_json(path / "generations" / "trace.json") or None)
+               trace=trace if trace.get("texts") else None)
 
 
 def _lines(path: Path, needed: tuple[str, ...]) -> list[dict]:
