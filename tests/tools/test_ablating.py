@@ -16,7 +16,7 @@ from model.errors import ConfigError
 from tests.trainer.launching import ROOT, SMALL, write_corpus
 from tools import ablate
 from tools.ablate import build_parser, command
-from tools.ablating import documents, page
+from tools.ablating import documents, jobs, page
 from tools.ablating.grid import DataSet, Run
 from tools.ablating.grid_file import read_grid
 from tools.ablating.jobs import training_seconds
@@ -217,6 +217,27 @@ def test_a_place_where_nothing_can_be_written_is_named_before_anything_runs(tmp_
     with pytest.raises(ConfigError, match="cannot be written: Not a directory") as raised:
         ablate.main()
     assert raised.value.key == option
+
+
+def test_the_speed_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    lines = [{"kind": "train", "step": step, jobs.CLOCK: step / 2} for step in (4, 8)]
+
+    def trained(job, folder, *_, **__):
+        folder.mkdir(parents=True)
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    grid = read_grid(write(tmp_path, GRID), minutes=1.0)
+    job = jobs.Job(next(grid.runs()), tmp_path / "out", {}, None)
+    monkeypatch.setattr(jobs.Job, "_train", trained)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("os.replace", interrupted)
+        job.measure_speed()
+    assert not (job.cell_folder / "speed.json").exists()
+    job.measure_speed()
+    assert job.steps == 120
 
 
 def test_numbers_and_names_that_the_source_supports():

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from tests.tools.converting import call
 from tests.tools.exported import exported_run
 from tools import convert_checkpoint, generate
+from tools.generating.identity import resume
 
 JOINT = {"model__diffusion__conditioning": "joint", "data__draws_per_source": 1, "model__diffusion__infilling": 0.5}
 
@@ -132,6 +133,16 @@ def test_texts_of_which_nobody_knows_what_made_them_are_not_continued(runs, tool
     output.unlink()
     tool(*arguments)
     assert output.read_text() == before
+
+
+def test_what_made_them_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("os.replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        resume(tmp_path / "out.jsonl", {"model": "here"})
+    assert not (tmp_path / "out.settings.json").exists()
 
 
 def test_a_line_that_is_no_text_is_named(runs, tool, tmp_path):
