@@ -122,7 +122,8 @@ class SampleConfig:
     """Where those levels lie: evenly in the schedule's `time`, or evenly in `log_snr` between its ends. The same
     for schedule = log_snr."""
     temperature: float = 1.0
-    """Divides the logits of every prediction; below 1 sharpens it."""
+    """Divides the logits of every prediction; below 1 sharpens it. Must be 1 with model.diffusion.loss = mse, where
+    embeddings are predicted."""
     guidance: float = 1.0
     """Scale of classifier-free guidance: above 1 moves each prediction away from that without a source. 1: none.
     Only for a model trained with model.diffusion.source_dropout."""
