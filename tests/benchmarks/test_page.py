@@ -11,7 +11,7 @@ from benchmarks import page, run
 from benchmarks.goals import GOALS
 from benchmarks.plot import drawing
 from benchmarks.report import ROOT, Report, fingerprint, machine, parser
-from benchmarks.timing import Spread, take_turns
+from benchmarks.timing import WARM_UPS, Spread, Times, take_turns
 
 GOAL = next(goal for goal in GOALS if goal.key == "attention.of_dense.2048")  # at least 3.2
 MEMORY = next(goal for goal in GOALS if goal.key == "step.memory.16384")  # at most 1.1
@@ -103,10 +103,12 @@ def test_turns_warm_up_and_compare_turn_by_turn():
     ticks = iter([0.0, 4.0, 4.0, 6.0, 6.0, 9.0, 9.0, 10.0])
     calls = []
     times = take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, 2, clock=lambda: next(ticks))
-    assert "".join(calls) == "ababab"
+    assert "".join(calls) == "ab" * (WARM_UPS + 2)
     assert times == {"a": [4.0, 3.0], "b": [2.0, 1.0]}
     assert times.ratio("a", "b") == Spread(2.5, 2.0, 3.0)
     assert times.seconds("a").scaled(2) == Spread(7.0, 6.0, 8.0)
+    times = Times({"4 layers": [7.0], "2 layers": [4.0]})
+    assert times.deeper("4 layers", "2 layers", layers=4, fewer=2, deep=12) == 19.0  # 1 and 1.5 a layer
 
 
 def test_every_benchmark_writes_json():
