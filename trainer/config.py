@@ -13,7 +13,9 @@ import re
 import textwrap
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from functools import cache
 from itertools import pairwise
+from threading import Lock
 from typing import NamedTuple, get_type_hints
 
 from model.attention.pattern import layer_patterns
@@ -245,9 +247,14 @@ def describe(config: object | None = None, prefix: str = "") -> Iterator[Key]:
             yield Key(prefix + item.name, item.type, value, docs.get(item.name, ""))
 
 
+_PARSING = Lock()  # Python 3.11 fails now and then where two threads parse at a time (SystemError from ast)
+
+
+@cache
 def _field_docs(cls: type) -> dict[str, str]:
     """Field name -> the string literal that stands below the field in the class's source."""
-    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
+    with _PARSING:
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body
     return {name.target.id: inspect.cleandoc(text.value.value).replace("\n", " ")
             for name, text in pairwise(body)
             if isinstance(name, ast.AnnAssign) and isinstance(text, ast.Expr)

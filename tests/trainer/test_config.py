@@ -1,6 +1,7 @@
 """How the run configuration comes together, is checked, described and written out again."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 
 from model.config import ModelConfig
 from model.errors import BackendUnavailable, ConfigError
+from trainer import config as run_config
 from trainer.command_line import build_parser, parse
 from trainer.config import OptimConfig, RunConfig, describe, to_dict, to_toml
 from trainer.config_load import from_dict, load
@@ -268,6 +270,13 @@ def test_documentation_lists_every_exit_code_preset_recipe_and_deepspeed_file():
     listed = [str(int(code)) for code in ExitCode] + [f"`{name}`" for name in [*PRESETS, *RECIPES]]
     listed += [f"`{file.name}`" for file in SHIPPED.glob("*.json")]
     assert [name for name in listed if f"| {name} |" not in text] == []
+
+
+def test_keys_are_described_by_many_threads_at_once():
+    run_config._field_docs.cache_clear()
+    with ThreadPoolExecutor(8) as threads:
+        found = list(threads.map(lambda _: list(describe()), range(32)))
+    assert all(keys == found[0] for keys in found)
 
 
 def test_exit_code_of_the_hosts_allocator():
