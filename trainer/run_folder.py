@@ -29,7 +29,7 @@ from trainer import checkpoint
 from trainer.checkpoint_folder import by_step
 from trainer.config import RunConfig, describe, to_toml
 from trainer.config_load import load
-from trainer.data.files import write_whole
+from trainer.data.files import write_text_whole, write_whole
 from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError, storage_failure
 from trainer.launch import Ranks
@@ -74,10 +74,10 @@ class RunFolder:
                 self._same_configuration(run, say)
             for leftover in config.glob("*.tmp-*"):  # of a start that was killed
                 leftover.unlink()
-            _write(config / "run.toml", to_toml(run))
-            _write(config / "deepspeed.json", json.dumps(ds.values, indent=1) + "\n")
-            _write(config / "environment.json", json.dumps({**facts, **_environment()}, indent=1) + "\n")
-            _write(config / "code.diff", _git("diff", "HEAD"))
+            write_text_whole(config / "run.toml", to_toml(run))
+            write_text_whole(config / "deepspeed.json", json.dumps(ds.values, indent=1) + "\n")
+            write_text_whole(config / "environment.json", json.dumps({**facts, **_environment()}, indent=1) + "\n")
+            write_text_whole(config / "code.diff", _git("diff", "HEAD"))
             for past in (self.path / "status.json", *(self.path / "heartbeats").glob("rank*.json")):
                 past.unlink(missing_ok=True)
         except OSError as error:
@@ -122,7 +122,7 @@ class RunFolder:
     def keep_origin(self) -> None:
         """Writes down which checkpoint the run began with, once that is loaded. Only the first rank calls it."""
         if self._origin is not None:
-            _write(self.path / _ORIGIN, json.dumps(self._origin, indent=1) + "\n")
+            write_text_whole(self.path / _ORIGIN, json.dumps(self._origin, indent=1) + "\n")
 
     def _began_with(self, folder: Path) -> str | None:
         """The name of the continuation if the run began with this checkpoint, which may be gone meanwhile."""
@@ -141,7 +141,8 @@ class RunFolder:
     def mark(self, status: str, step: int, reason: str | None) -> None:
         """Writes status.json, which launchers read: done; preempted (to be started again); or stopped (by the file
         `stop`, not to be started again by itself)."""
-        _write(self.path / "status.json", json.dumps({"status": status, "step": step, "reason": reason}) + "\n")
+        text = json.dumps({"status": status, "step": step, "reason": reason})
+        write_text_whole(self.path / "status.json", text + "\n")
 
     def seconds(self) -> float:
         """Since this process opened the run."""
@@ -208,10 +209,6 @@ def on_first_rank(ranks: Ranks, action: Callable[[], Any]) -> Any:
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
-
-
-def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _environment() -> dict:

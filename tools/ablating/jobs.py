@@ -18,7 +18,7 @@ from tools.ablating.grid import Run, as_overrides, file_name
 from tools.ablating.levels import ACCURACIES
 from trainer.config import describe
 from trainer.config_load import load
-from trainer.data.files import write_whole
+from trainer.data.files import write_text_whole
 from trainer.errors import RunError
 
 CLOCK = "seconds" if torch.cuda.is_available() else "cpu_seconds"
@@ -81,7 +81,7 @@ class Job:
 
         self._train(trial, 10**6, enough, log_every=_SPEED_LOG_EVERY, save_every=0)
         steps, seconds = _spent(train_lines(trial))
-        write_whole(path, lambda handle: handle.write(json.dumps({"steps_per_second": steps / seconds}).encode()))
+        write_text_whole(path, json.dumps({"steps_per_second": steps / seconds}))
         shutil.rmtree(trial)
 
     def execute(self) -> None:

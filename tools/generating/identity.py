@@ -9,7 +9,7 @@ from pathlib import Path
 
 from model.errors import ConfigError
 from tools.command import writing
-from trainer.data.files import write_whole
+from trainer.data.files import write_text_whole
 from trainer.errors import DataError
 
 
@@ -36,8 +36,7 @@ def resume(output: Path, facts: dict) -> set[int]:
     on, which are kept beside it. ConfigError as from `check`; DataError for a line that is no record."""
     check(output, facts)
     with writing("--output", output):
-        content = (json.dumps(facts, indent=1) + "\n").encode()
-        write_whole(_made_with(output), lambda handle: handle.write(content))
+        write_text_whole(_made_with(output), json.dumps(facts, indent=1) + "\n")
         lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
         if lines and not lines[-1].endswith(b"\n"):
             output.write_bytes(b"".join(lines := lines[:-1]))

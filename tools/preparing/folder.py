@@ -13,7 +13,7 @@ from tools.preparing.lengths import plot, statistics
 from tools.preparing.selection import EXACT, NEAR, Selection, fingerprints, joined
 from trainer.data.config import DataConfig
 from trainer.data.corpus import Corpus
-from trainer.data.files import write_whole
+from trainer.data.files import write_text_whole, write_whole
 from trainer.data.prepare import SPLITS, VOCABULARY, open_vocabulary
 from trainer.data.progress import progress
 from trainer.data.records import Block, texts
@@ -76,7 +76,7 @@ def fill(folder: Path, final: Path, corpora: Mapping[str, Corpus], selection: Se
         "splits": {split: statistics(cache, config) for split, cache in caches.items()}})
     lines = ["[data]", *(f"{split} = {json.dumps(str(final / split) if split in caches else '')}" for split in SPLITS),
              f"vocabulary = {json.dumps(str(final / VOCABULARY))}", f"vocab_size = {vocabulary.size}"]
-    write_whole(folder / CONFIGURATION, lambda handle: handle.write("\n".join([*lines, ""]).encode()))
+    write_text_whole(folder / CONFIGURATION, "\n".join([*lines, ""]))
 
 
 def _select(corpora: Mapping[str, Corpus], selection: Selection, workers: Workers) -> dict[str, np.ndarray]:
@@ -105,4 +105,4 @@ def _wanted(corpus: Corpus, chosen: Mapping[str, np.ndarray], origin: str, split
 
 
 def _write_json(path: Path, content: dict) -> None:
-    write_whole(path, lambda handle: handle.write((json.dumps(content, indent=1) + "\n").encode()))
+    write_text_whole(path, json.dumps(content, indent=1) + "\n")

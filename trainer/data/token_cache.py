@@ -15,7 +15,7 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.data.corpus import Corpus
-from trainer.data.files import build_once, write_whole
+from trainer.data.files import build_once, write_text_whole, write_whole
 from trainer.data.progress import progress
 from trainer.data.records import BLOCK_BYTES, Block, Reader, documents
 from trainer.data.vocabulary import Vocabulary
@@ -191,7 +191,7 @@ def _write_shard(folder: Path, number: int, parts: Sequence[Encoded]) -> dict:
     facts = {"blocks": len(parts), "documents": len(lengths_NS), "tokens": len(tokens_T)}
     write_whole(_tokens_file(shard), lambda handle: handle.write(tokens_T.data))
     write_whole(_lengths_file(shard), lambda handle: np.save(handle, lengths_NS))
-    write_whole(shard.with_suffix(".json"), lambda handle: handle.write(json.dumps(facts).encode()))
+    write_text_whole(shard.with_suffix(".json"), json.dumps(facts))
     return facts
 
 
