@@ -8,7 +8,8 @@
 
 The model is a finished run, an exported model or a Hugging Face folder. Writes JSON lines: document, text, ended, and
 the source and reference that are known (with --fill: document, text, fills, source, gapped). Interrupted, it goes on
-where it stopped when started again with the same options.
+where it stopped when started again with the same options; texts that were made otherwise are left alone unless
+--replace is given.
 
 The noise of a text depends on --seed, its document's number and which candidate it is. Which other documents are
 computed with it changes roundings, and so, rarely, a token; with --deterministic nothing does: texts are the same for
@@ -64,6 +65,8 @@ def build_parser() -> argparse.ArgumentParser:
                       help="only N documents, spread evenly over the data set (default: all)")
     more.add_argument("--output", type=Path, help="JSON lines (default: in the folder `generations` of the model's or "
                       "run's folder, by the split's or the input's name)")
+    more.add_argument("--replace", action="store_true", help="remove texts in the output that another model, other "
+                      "documents or other settings made (default: refuse)")
     more.add_argument("--trace", action="store_true",
                       help="also write trace.json beside the output: the first document's text after every step")
     more.add_argument("--cache_dir", metavar="DIR", help="for tokenized documents (default: the run's data.cache_dir)")
@@ -100,10 +103,10 @@ def main() -> None:
     writer = Writer(folder, args.device, how.settings(), how.candidates, args.deterministic)
     output = args.output or (None if args.prompt is not None else default_output(args))
     known = facts(folder, how, args) if output else {}
-    if output:
+    if output and not args.replace:
         check_output(output, known)  # before the documents are tokenized, which may take long
     asked = open_asked(config, vocabulary, args)
-    done = resume(output, {**known, "documents": asked.digest}) if output else set()
+    done = resume(output, {**known, "documents": asked.digest}, replace=args.replace) if output else set()
     left = [number for number in asked.numbers if number not in done]
     tasks = (asked.task(number) for number in left)
     parts = iter(lambda: list(islice(tasks, 1 if args.deterministic else args.batch)), [])

@@ -21,7 +21,7 @@ port=$("$bin/python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1"
 
 unset OMP_NUM_THREADS
 echo "== generating for test documents"
-"$bin/python" tools/generate.py "$run" --split test --limit "$limit" --trace
+"$bin/python" tools/generate.py "$run" --split test --limit "$limit" --trace --replace
 echo "== scores on the test split, beside trivial baselines"
 "$bin/python" tools/evaluate.py "$run/generations/test.jsonl"
 "$bin/python" tools/report.py "$run"

@@ -110,6 +110,22 @@ def test_texts_of_other_weights_or_documents_are_not_continued(runs, tool, tmp_p
     assert output.read_text() == whole
 
 
+def test_texts_that_were_made_otherwise_are_replaced_where_asked(runs, tool, tmp_path):
+    output = tmp_path / "out.jsonl"
+    arguments = [runs["cached"], "--limit", 2, "--output", output, "--replace"]
+    tool(*arguments, "--seed", 1)
+    old = output.read_text()
+    made = output.stat().st_mtime_ns
+    tool(*arguments, "--seed", 1)
+    assert output.stat().st_mtime_ns == made  # of the same settings: left as it is
+    tool(*arguments, "--seed", 2)
+    anew = output.read_text()
+    assert len(read(output)) == 2 and anew != old
+    output.with_suffix(".settings.json").write_text("damaged")
+    tool(*arguments, "--seed", 2)
+    assert output.read_text() == anew
+
+
 @pytest.mark.parametrize("settings, message", [
     ("", "which says what {output} was made with, is damaged"), ('{"model": ', "is damaged"), ("[1]", "is damaged"),
     (None, "has no out.settings.json beside it"),

@@ -31,10 +31,17 @@ def check(output: Path, facts: dict) -> None:
             _compare(output, facts)
 
 
-def resume(output: Path, facts: dict) -> set[int]:
+def resume(output: Path, facts: dict, *, replace: bool = False) -> set[int]:
     """Documents that `output` holds already; its half-written last line is dropped. facts: all that its texts depend
-    on, which are kept beside it. ConfigError as from `check`; DataError for a line that is no record."""
-    check(output, facts)
+    on, which are kept beside it. ConfigError as from `check`, but with `replace` such texts are removed; DataError for
+    a line that is no record."""
+    try:
+        check(output, facts)
+    except ConfigError:
+        if not replace:
+            raise
+        with writing("--output", output):
+            output.unlink(missing_ok=True)
     with writing("--output", output):
         write_text_whole(_made_with(output), json.dumps(facts, indent=1) + "\n")
         lines = output.read_bytes().splitlines(keepends=True) if output.exists() else []
@@ -48,7 +55,7 @@ def _made_with(output: Path) -> Path:
 
 
 def _compare(output: Path, facts: dict) -> None:
-    made_with, otherwise = _made_with(output), "remove it, or choose another file"
+    made_with, otherwise = _made_with(output), "remove it, choose another file, or give --replace"
     try:
         before = dict(json.loads(made_with.read_text(encoding="utf-8")))
     except FileNotFoundError:
