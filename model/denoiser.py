@@ -236,6 +236,7 @@ class Denoiser(nn.Module):
         """The stream as the first block meets it [T, D], the noise levels' conditions [C + 1, D], the rotary tables."""
         dtype = self.side.dtype
         x_TD = self.input(gather_neighbours(inputs_TE.to(dtype), plan.neighbour_TW))
-        x_TD = x_TD + self.side[plan.is_target_T.long()]
+        # A product, because its gradient adds up all tokens in fp32, where looking rows up would in bf16.
+        x_TD = x_TD + torch.stack((~plan.is_target_T, plan.is_target_T), -1).to(dtype) @ self.side
         condition_CD = torch.cat((self.noise_level(log_snr_C, dtype), self.source_level[None]))
         return x_TD, condition_CD, rotary_tables(plan.position_T, self.config.head_dim, self.config.attention.rope_base)
