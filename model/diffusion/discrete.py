@@ -22,9 +22,10 @@ _SIGNAL: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def betas(schedule: str, steps: int) -> Tensor:
-    """float64 [T] on the CPU: schedule is sqrt, cosine (both cut at 0.999) or linear."""
+    """float64 [T] on the CPU, at most 0.999: schedule is sqrt, cosine or linear."""
     if schedule == "linear":  # from 1e-4 to 0.02 at T = 1000, scaled to the same noise at any T
-        return torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64, device="cpu")
+        beta_I = torch.linspace(0.1 / steps, 20 / steps, steps, dtype=torch.float64, device="cpu")
+        return beta_I.clamp(max=_BETA_LIMIT)
     signal_I = _SIGNAL[schedule](torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps)
     return (1 - signal_I[1:] / signal_I[:-1]).clamp(max=_BETA_LIMIT)
 

@@ -34,6 +34,7 @@ def test_linear_and_cosine_schedules(steps):
     """As get_named_beta_schedule of improved-diffusion computes them, step by step in numpy."""
     scale = 1000 / steps
     np.testing.assert_allclose(betas("linear", steps), np.linspace(scale * 0.0001, scale * 0.02, steps), **EXACT)
+    assert torch.cumprod(1 - betas("linear", 10), 0).log().isfinite().all()  # where the formula goes beyond 1
 
     def signal(u: float) -> float:
         return math.cos((u + 0.008) / 1.008 * math.pi / 2) ** 2
