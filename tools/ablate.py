@@ -74,7 +74,11 @@ def main() -> None:
             args.page.mkdir(parents=True, exist_ok=True)
     jobs = planned(grid, args.data, out)
     failed = execute(jobs, slots)
-    results = collect(grid, jobs, command(args))
+    if len(failed) == len(jobs):
+        print("error: every run failed, see above: there is no page; the same command tries them again",
+              file=sys.stderr)
+        sys.exit(1)
+    results = collect(grid, [job for job in jobs if job not in failed], command(args))
     with writing("--out", out):
         (out / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
         written = page.write(results, out, name)
@@ -84,7 +88,7 @@ def main() -> None:
     print(written.read_text())
     print(f"page in {written}")
     if failed:
-        print(f"error: {failed} of {len(jobs)} runs failed, see above; the same command tries them again",
+        print(f"error: {len(failed)} of {len(jobs)} runs failed, see above; the same command tries them again",
               file=sys.stderr)
         sys.exit(1)
 
@@ -111,13 +115,14 @@ def planned(grid: Grid, root: Path | None, out: Path) -> list[Job]:
     return [Job(each, out, data[each.data_name], children) for each in grid.runs()]
 
 
-def execute(jobs: Sequence[Job], slots: int) -> int:
-    """All of them, `slots` at a time. Returns how many failed."""
+def execute(jobs: Sequence[Job], slots: int) -> list[Job]:
+    """All of them, `slots` at a time. Returns those that failed."""
     cells = [job for job in jobs if job.run.seed == job.run.grid.seeds[0]]
     broken = side_by_side(cells, Job.measure_speed, slots, "measuring speeds")
     without_speed = {job.cell_folder for job in broken}
+    unable = [job for job in jobs if job.cell_folder in without_speed]
     able = [job for job in jobs if job.cell_folder not in without_speed]
-    return len(jobs) - len(able) + len(side_by_side(able, Job.execute, slots, "training"))
+    return unable + side_by_side(able, Job.execute, slots, "training")
 
 
 def side_by_side(jobs: Sequence[Job], work: Callable[[Job], None], slots: int, what: str) -> list[Job]:

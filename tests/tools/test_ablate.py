@@ -85,10 +85,28 @@ def test_a_grid_is_interrupted_and_goes_on(place):
     assert (place / "out" / "grid-made-0.svg").is_file()
 
     model = (run / "model" / "model.safetensors").stat().st_mtime_ns
-    grid = place / "grid.toml"
-    grid.write_text(grid.read_text().replace("optim.eps = 1e-06", "optim.eps = 1e-07"))
+    grid, test = place / "grid.toml", place / "made" / "test.jsonl"
+    good = grid.read_text()
+    grid.write_text(good.replace('name = "good"', 'name = "good"\nsettings.sample.temperature = 0.25'))
+    test.write_text(test.read_text() + '{"src": "one more", "trg": "of these"}\n')
+    subprocess.run(command(place), capture_output=True, cwd=place, timeout=SECONDS)
+    made, = json.loads((place / "out" / "grid.json").read_text())["sets"]
+    assert [(row["settings"]["sample.temperature"], row["values"]["documents"]) for row in made["rows"]] == [
+        (0.25, [7]), (0.25, [7])]  # measured anew, of the same model
+    page = (place / "out" / "grid.json").read_text()
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == model
+
+    grid.write_text(good.replace("optim.eps = 1e-06", "optim.eps = 1e-07"))
     done = subprocess.run(command(place), capture_output=True, text=True, cwd=place, timeout=SECONDS)
     assert "was trained with optim.eps = 1e-06 (now 1e-07): choose another folder, or remove" in done.stderr
+    assert (run / "model" / "model.safetensors").stat().st_mtime_ns == model
+    assert "every run failed" in done.stderr and (place / "out" / "grid.json").read_text() == page
+
+    grid.write_text(good)
+    train = place / "made" / "train.jsonl"
+    train.write_text(train.read_text() + '{"src": "one more", "trg": "of these"}\n')
+    done = subprocess.run(command(place), capture_output=True, text=True, cwd=place, timeout=SECONDS)
+    assert "was trained with other documents than" in done.stderr
     assert (run / "model" / "model.safetensors").stat().st_mtime_ns == model
 
 

@@ -16,7 +16,7 @@ from model.errors import ConfigError
 from tests.trainer.launching import ROOT, SMALL, write_corpus
 from tools import ablate
 from tools.ablate import build_parser, command
-from tools.ablating import documents, jobs, page
+from tools.ablating import documents, jobs, page, plots
 from tools.ablating.grid import DataSet, Run
 from tools.ablating.grid_file import read_grid
 from tools.ablating.jobs import training_seconds
@@ -168,6 +168,7 @@ def test_facts_are_grouped_and_looked_up(facts_folder, tmp_path):
     assert Path(settings["data.train"]).stat().st_mtime_ns == before
     assert facts.coverage(["cocum is a pub", "aroma"], [[("name", "cocum"), ("rating", "low")],
                                                        [("name", "aroma"), ("near", "zizzi")]]) == pytest.approx(2 / 3)
+    assert facts.coverage(["a film"], [[("title", "a film"), ("genre", "drama")]]) is None
 
 
 def test_a_line_that_is_no_facts_is_named(facts_folder, tmp_path):
@@ -230,7 +231,8 @@ def test_the_speed_is_there_whole_or_not_at_all(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     grid = read_grid(write(tmp_path, GRID), minutes=1.0)
-    job = jobs.Job(next(grid.runs()), tmp_path / "out", {}, None)
+    (tmp_path / "train.jsonl").write_text("one document")
+    job = jobs.Job(next(grid.runs()), tmp_path / "out", {"data.train": str(tmp_path / "train.jsonl")}, None)
     monkeypatch.setattr(jobs.Job, "_train", trained)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr("os.replace", interrupted)
@@ -388,3 +390,10 @@ def test_a_measure_that_no_row_has_is_left_empty(results, tmp_path):
     results["sets"][0]["levels"] = []
     text = page.write(results, tmp_path, "trial").read_text()
     assert "| theirs |  | 10.0 |" in text and "No cross-entropies" in text and "![" not in text
+
+
+def test_a_row_at_zero_is_left_out_over_a_logarithm_which_says_so():
+    plot = {"x": "model.rate", "y": "bleu", "title": "", "logarithmic": True}
+    rows = [row("a", "", [1.0], settings={"model.rate": rate}) for rate in (0.0, 0.1, 1.0)]
+    assert "log10 of model.rate, without 0" in plots.curves(plot, rows, {"bleu": "BLEU"}).svg
+    assert "without" not in plots.curves(plot, rows[1:], {"bleu": "BLEU"}).svg

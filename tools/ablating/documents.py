@@ -19,7 +19,8 @@ from trainer.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[2]
 SPLITS = ("train", "valid", "test")
-_TEST = "documents.json"
+TEST = "documents.json"
+"""Name of what `Test.read` reads."""
 
 
 class Document(NamedTuple):
@@ -43,7 +44,7 @@ class Test:
     @classmethod
     def read(cls, folder: Path) -> Test:
         """What `prepare` wrote."""
-        return cls(**json.loads((folder / _TEST).read_text()))
+        return cls(**json.loads((folder / TEST).read_text()))
 
 
 def find(name: str, data: DataSet, root: Path | None) -> dict[str, Path]:
@@ -112,7 +113,7 @@ def prepare(name: str, data: DataSet, root: Path | None, limit: int, out: Path) 
         for split, held in splits.items():
             _write(out / f"{split}.jsonl", "".join(
                 json.dumps({"src": each.source, "trg": each.target}) + "\n" for each in held))
-        _write(out / _TEST, json.dumps(asdict(Test(sources, references, asked, trivial))))
+        _write(out / TEST, json.dumps(asdict(Test(sources, references, asked, trivial))))
     return {f"data.{split}": str(out / f"{split}.jsonl") for split in SPLITS}
 
 

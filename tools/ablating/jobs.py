@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,8 +15,10 @@ import torch
 
 from model.errors import ConfigError
 from tools.ablating.children import Children
-from tools.ablating.grid import Run, as_overrides, file_name
+from tools.ablating.documents import TEST
+from tools.ablating.grid import Run, Sampler, as_overrides, file_name
 from tools.ablating.levels import ACCURACIES
+from tools.generating.identity import digest
 from trainer.config import describe
 from trainer.config_load import load
 from trainer.data.files import write_text_whole
@@ -34,15 +37,10 @@ MEASURES, LEVELS = "measured", "levels.json"
 """Below a run's folder: what was measured of its model; in it, apart from samplers."""
 
 
-def made_with(settings: dict, documents: int) -> dict:
-    """What texts depend on beside their model; kept with their scores."""
-    return {"settings": settings, "documents": documents}
-
-
-def levels_are_there(folder: Path) -> bool:
-    """Whether a run was judged at the noise levels of ACCURACIES."""
-    path = folder / MEASURES / LEVELS
-    return path.exists() and json.loads(path.read_text()).get("accuracies") == list(ACCURACIES)
+def measured_with(path: Path, facts: dict) -> dict | None:
+    """What measure.py wrote to a file; None if it is not there, or was measured with other facts."""
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found if found.get("facts") == facts else None
 
 
 class JobFailed(RunError):
@@ -68,8 +66,8 @@ class Job:
 
     def measure_speed(self) -> None:
         """Trains for a few seconds and keeps how many steps a second of CLOCK takes, in the cell's folder."""
-        path = self.cell_folder / "speed.json"
-        if path.exists() or not self.run.grid.minutes:
+        path, facts = self.cell_folder / "speed.json", {"trained": self._trained_digest()}
+        if measured_with(path, facts) or not self.run.grid.minutes:
             return
         trial = self.cell_folder / "speed"
         shutil.rmtree(trial, ignore_errors=True)  # of one that was interrupted
@@ -81,7 +79,7 @@ class Job:
 
         self._train(trial, 10**6, enough, log_every=_SPEED_LOG_EVERY, save_every=0)
         steps, seconds = _spent(train_lines(trial))
-        write_text_whole(path, json.dumps({"steps_per_second": steps / seconds}))
+        write_text_whole(path, json.dumps({"facts": facts, "steps_per_second": steps / seconds}))
         shutil.rmtree(trial)
 
     def execute(self) -> None:
@@ -104,11 +102,30 @@ class Job:
 
     @property
     def _measured(self) -> bool:
-        """Whether all that measure.py writes is there, of the same samplers and documents."""
-        files = {self.folder / MEASURES / f"{each['file']}.json": each["settings"] for each in self.samplers()}
-        return levels_are_there(self.folder) and all(
-            path.exists() and json.loads(path.read_text())["facts"] == made_with(settings, self.run.grid.documents)
-            for path, settings in files.items())
+        return self.levels() is not None and all(self.measures(each) is not None for each in self.run.samplers)
+
+    def measures(self, sampler: Sampler) -> dict | None:
+        """What was measured of the model's texts by a sampler; None if they were not written yet, or otherwise."""
+        return measured_with(self.folder / MEASURES / f"{file_name(sampler.name)}.json", self.sampler_facts(sampler))
+
+    def levels(self) -> dict | None:
+        """What was measured at the noise levels of ACCURACIES; None if it was not yet, or otherwise."""
+        return measured_with(self.folder / MEASURES / LEVELS, self.level_facts())
+
+    def sampler_facts(self, sampler: Sampler) -> dict:
+        """All that the measures of a sampler depend on beside the model, ready for JSON."""
+        how = replace(self.run.config().sample, seed=self.run.seed, **sampler.settings)
+        return {"sample": asdict(how), "task": self.run.data.task, "documents": digest([self.test / TEST])}
+
+    def level_facts(self) -> dict:
+        """The same for the noise levels."""
+        return {"accuracies": list(ACCURACIES), "documents": self.run.config().eval.documents,
+                "valid": digest([Path(self.data["data.valid"])])}
+
+    @property
+    def test(self) -> Path:
+        """The folder of the set, for `Test.read`."""
+        return Path(self.data["data.test"]).parent
 
     @property
     def progress(self) -> float:
@@ -127,24 +144,35 @@ class Job:
         speed = json.loads((self.cell_folder / "speed.json").read_text())["steps_per_second"]
         return max(1, round(60 * grid.minutes * speed))
 
-    def samplers(self) -> list[dict]:
-        return [{"file": file_name(each.name), "settings": each.settings} for each in self.run.samplers]
+    def _trained_settings(self, **more: object) -> dict[str, object]:
+        """Keys of the configuration that a trained model depends on; more: of `train`."""
+        config = self.run.config({**self.data, **{f"train.{name}": value for name, value in more.items()}})
+        return {key.name: key.default for key in describe(config) if not key.name.startswith(_FREE_TO_CHANGE)}
+
+    def _trained_digest(self) -> str:
+        """Of all that the cell's speed depends on."""
+        settings = json.dumps(self._trained_settings(), default=str) + digest([Path(self.data["data.train"])])
+        return hashlib.sha256(settings.encode()).hexdigest()
 
     def _describe(self) -> None:
         """Writes job.json, which measure.py reads; ConfigError where the folder was trained otherwise."""
-        config = self.folder / "config" / "run.toml"
+        config, description = self.folder / "config" / "run.toml", self.folder / "job.json"
+        trained_on = digest([Path(self.data["data.train"])])
         if config.exists():
             before = {key.name: key.default for key in describe(load(file=config))}
-            now = self.run.config({**self.data, "train.seed": self.run.seed, "train.steps": self.steps})
-            changed = [f"{key.name} = {before[key.name]!r} (now {key.default!r})" for key in describe(now)
-                       if before[key.name] != key.default and not key.name.startswith(_FREE_TO_CHANGE)]
+            now = self._trained_settings(seed=self.run.seed, steps=self.steps)
+            changed = [f"{name} = {before[name]!r} (now {value!r})" for name, value in now.items()
+                       if before[name] != value]
+            if not description.exists() or json.loads(description.read_text()).get("trained_on") != trained_on:
+                changed.append(f"other documents than {self.data['data.train']} holds now")
             if changed:
                 raise ConfigError("--out", f"{self.folder} was trained with {'; '.join(changed[:3])}: choose another "
                                   f"folder, or remove {self.cell_folder}")
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "job.json").write_text(json.dumps({
-            "seed": self.run.seed, "task": self.run.data.task, "documents": self.run.grid.documents,
-            "samplers": self.samplers(), "test": str(Path(self.data["data.test"]).parent)}, indent=1))
+        write_text_whole(description, json.dumps({
+            "trained_on": trained_on, "test": str(self.test), "levels": self.level_facts(),
+            "samplers": [{"file": file_name(each.name), "facts": self.sampler_facts(each)}
+                         for each in self.run.samplers]}, indent=1))
 
     def _train(self, folder: Path, steps: int, enough: Callable[[], bool], log_every: int, save_every: int) -> None:
         cell, grid = self.run.cell, self.run.grid

@@ -1,7 +1,7 @@
 """Measures one trained model of a grid: python tools/ablating/measure.py RUN_FOLDER
 
 Reads `job.json` in the folder, writes `measured/`: levels.json, and for every sampler its texts and NAME.json with
-scores. What is there already for the same sampler and documents is kept.
+scores. What is there already with the same facts is kept.
 """
 
 import sys
@@ -11,21 +11,22 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import json
 import time
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import torch
 
 from model.allocator import keep_freed_memory
 from model.diffusion_lm import DiffusionLM
 from tools.ablating.documents import Test
-from tools.ablating.jobs import LEVELS, MEASURES, levels_are_there, made_with
-from tools.ablating.levels import ACCURACIES, matched_levels
+from tools.ablating.jobs import LEVELS, MEASURES, measured_with
+from tools.ablating.levels import matched_levels
 from tools.command import run
 from tools.scoring.facts import coverage
 from tools.scoring.overlap import bleu_counts
 from tools.scoring.support import supported
 from tools.scoring.systems import score
-from trainer.config import RunConfig
+from trainer.config import SampleConfig
+from trainer.data.files import write_text_whole
 from trainer.data.prepare import PreparedData, prepare
 from trainer.export import read_model
 from trainer.generate import generate
@@ -44,20 +45,19 @@ def main() -> None:
     measured = folder / MEASURES
     measured.mkdir(exist_ok=True)
     for sampler in job["samplers"]:
-        path = measured / f"{sampler['file']}.json"
-        facts = made_with(sampler["settings"], job["documents"])
-        if not path.exists() or json.loads(path.read_text())["facts"] != facts:
-            _write(path, {"facts": facts, **_texts(model, config, data, job, sampler["settings"], device)})
-    if not levels_are_there(folder):
-        samples = data.samples("valid", draws=1)
-        found = matched_levels(model.cpu(), samples, config.eval.documents, seed=0)
-        _write(measured / LEVELS, {"accuracies": ACCURACIES, **found})
+        path, facts = measured / f"{sampler['file']}.json", sampler["facts"]
+        if measured_with(path, facts) is None:
+            found = _texts(model, data, Test.read(Path(job["test"])), facts, device)
+            write_text_whole(path, json.dumps({"facts": facts, **found}))
+    if measured_with(measured / LEVELS, job["levels"]) is None:
+        model, _, _ = read_model(folder / "model")
+        found = matched_levels(model, data.samples("valid", draws=1), job["levels"]["documents"], seed=0)
+        write_text_whole(measured / LEVELS, json.dumps({"facts": job["levels"], **found}))
 
 
-def _texts(model: DiffusionLM, config: RunConfig, data: PreparedData, job: dict, settings: dict,
-           device: torch.device) -> dict:
-    """The texts of one sampler and their scores."""
-    how = replace(config.sample, seed=job["seed"], **settings)
+def _texts(model: DiffusionLM, data: PreparedData, test: Test, facts: dict, device: torch.device) -> dict:
+    """The texts of one sampler and their scores. facts: `Job.sampler_facts`."""
+    how = SampleConfig(**facts["sample"])
     samples = data.samples("test", draws=1)
     sources = [(number, samples.source(number)) for number in range(len(samples))]
     at_a_time = max(1, _TOKENS_AT_A_TIME // int(samples.tokens_S.max()))
@@ -66,10 +66,9 @@ def _texts(model: DiffusionLM, config: RunConfig, data: PreparedData, job: dict,
         model, data.vocabulary, sources, samples.canvas_tokens, how.settings(), device=device,
         candidates=how.candidates, documents_per_batch=at_a_time)]
     seconds, cpu_seconds = time.perf_counter() - began, time.process_time() - began_cpu
-    test = Test.read(Path(job["test"]))
-    return {"sample": asdict(how), "texts": texts, "seconds_per_text": seconds / len(texts),
+    return {"texts": texts, "seconds_per_text": seconds / len(texts),
             "cpu_seconds_per_text": cpu_seconds / len(texts), "memory_gb": peak_memory_gb(device),
-            **scores(texts, test, job["task"])}
+            **scores(texts, test, facts["task"])}
 
 
 def scores(texts: list[str], test: Test, task: str) -> dict:
@@ -77,19 +76,13 @@ def scores(texts: list[str], test: Test, task: str) -> dict:
     found = score(texts, test.references, task=task)
     values = dict(found.values)
     if test.asked:
-        values["slots"] = 100 * coverage(texts, test.asked)
+        share = coverage(texts, test.asked)
+        values |= {} if share is None else {"slots": 100 * share}
     else:
         share = supported(texts, test.sources)
         values |= {} if share is None else {"supported": share}
     return {"values": values, "by_document": found.by_document,
             "bleu_counts": bleu_counts(texts, test.references).tolist()}
-
-
-def _write(path: Path, content: dict) -> None:
-    """Whole, or not at all."""
-    temporary = path.with_suffix(".writing")
-    temporary.write_text(json.dumps(content))
-    temporary.rename(path)
 
 
 if __name__ == "__main__":

@@ -25,18 +25,23 @@ class Drawing(NamedTuple):
 
 
 def curves(plot: dict, rows: Sequence[dict], heads: dict[str, str]) -> Drawing | None:
-    """A measure of all rows over a key of their configuration or another measure; None if no row has both."""
+    """A measure of all rows over a key of their configuration or another measure; None if no row has both. Over the
+    logarithm, rows at 0 or less are left out, and the axis says so."""
     points: dict[str, dict[float, list[float]]] = defaultdict(lambda: defaultdict(list))
+    left_out = False
     for row in rows:
         x, y = _value(row, plot["x"]), _value(row, plot["y"])
-        if x is not None and y is not None:
+        if plot["logarithmic"] and x is not None and x <= 0:
+            left_out = True
+        elif x is not None and y is not None:
             points[row["curve"]][math.log10(x) if plot["logarithmic"] else x].append(y)
     if not points:
         return None
     series = [Series(name, [(x, fmean(ys)) for x, ys in sorted(found.items())], place, place // charts.COLOURS)
               for place, (name, found) in enumerate(points.items())]
     x = heads.get(plot["x"], plot["x"])
-    x = f"log10 of {x}" if plot["logarithmic"] else x
+    if plot["logarithmic"]:
+        x = f"log10 of {x}{', without 0' if left_out else ''}"
     title = plot["title"] or f"{heads[plot['y']]} over {x}"
     return Drawing(title, _alone(title, charts.lines(title, series, x=x, y=heads[plot["y"]], marks=True), series))
 

@@ -24,8 +24,8 @@ import numpy as np
 import torch
 
 from tools.ablating.documents import Test
-from tools.ablating.grid import Grid, Sampler, file_name
-from tools.ablating.jobs import CLOCK, LEVELS, MEASURES, Job, levels_are_there, train_lines, training_seconds
+from tools.ablating.grid import Grid, Sampler
+from tools.ablating.jobs import CLOCK, Job, train_lines, training_seconds
 from tools.ablating.levels import ACCURACIES, MATCHED
 from tools.ablating.measure import scores
 from tools.reporting.runs import read_run
@@ -46,11 +46,13 @@ class _Measured:
 
 
 def collect(grid: Grid, jobs: Sequence[Job], command: str) -> dict:
-    """Of the jobs that are finished."""
+    """Of jobs that are done; sets without one are left out."""
     sets = []
     for name, data in grid.data.items():
         mine = [job for job in jobs if job.run.data_name == name]
-        test = Test.read(Path(mine[0].data["data.test"]).parent)
+        if not mine:
+            continue
+        test = Test.read(mine[0].test)
         trivial = {system: scores(texts, test, data.task)["values"] for system, texts in test.trivial.items()}
         levels = _common_levels(mine)
         sets.append({"name": name, "task": data.task, "origin": data.origin, "documents": len(test.sources),
@@ -65,7 +67,7 @@ def collect(grid: Grid, jobs: Sequence[Job], command: str) -> dict:
 def _common_levels(jobs: Sequence[Job]) -> list[int]:
     """Places in ACCURACIES of the levels that all models which were measured reach; means over others would not
     compare."""
-    found = [json.loads((job.folder / MEASURES / LEVELS).read_text()) for job in jobs if levels_are_there(job.folder)]
+    found = [levels for job in jobs if (levels := job.levels()) is not None]
     return [place for place in range(len(ACCURACIES)) if all(each["log_snr"][place] is not None for each in found)]
 
 
@@ -95,18 +97,16 @@ def _rows(grid: Grid, jobs: Sequence[Job], levels: Sequence[int]) -> list[dict]:
 
 
 def _measured(job: Job, sampler: Sampler, at: Sequence[int]) -> _Measured | None:
-    path, levels = job.folder / MEASURES / f"{file_name(sampler.name)}.json", job.folder / MEASURES / LEVELS
-    if not path.exists() or not levels_are_there(job.folder) or sampler not in job.run.samplers:
+    if sampler not in job.run.samplers or (found := job.measures(sampler)) is None:
         return None
-    found, at_levels, run = json.loads(path.read_text()), json.loads(levels.read_text()), read_run(job.folder, "")
-    lines = train_lines(job.folder)
+    at_levels, run, lines = job.levels(), read_run(job.folder, ""), train_lines(job.folder)
     matched = {name: fmean(at_levels[name][place] for place in at) for name in MATCHED} if at else {}
     trained = {"minutes": training_seconds(lines, CLOCK) / 60, "steps": run.steps, "parameters": run.parameters,
                "tokens": sum(line["tokens"] for line in lines), "memory_gb": lines[-1]["memory_gb"],
                "generating_gb": found["memory_gb"], **expert_use(lines[-1]),
                "seconds_per_text": found["cpu_seconds_per_text" if CLOCK == "cpu_seconds" else "seconds_per_text"]}
     settings = {key.name: key.default for key in describe(job.run.config()) if key.name not in job.data}
-    settings |= {f"sample.{name}": value for name, value in found["sample"].items()}
+    settings |= {f"sample.{name}": value for name, value in found["facts"]["sample"].items()}
     return _Measured({**found["values"], **matched, **trained}, found["by_document"], np.array(found["bleu_counts"]),
                      settings)
 

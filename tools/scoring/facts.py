@@ -27,11 +27,12 @@ def source_text(pairs: Facts) -> str:
     return " , ".join(f"{slot} {value}" for slot, value in pairs)
 
 
-def coverage(outputs: Sequence[str], asked: Sequence[Facts]) -> float:
-    """Share of the values of COVERED slots that stand word for word in their sentence."""
+def coverage(outputs: Sequence[str], asked: Sequence[Facts]) -> float | None:
+    """Share of the values of COVERED slots that stand word for word in their sentence; None if no such slot is
+    asked for."""
     hits = [f" {value} " in f" {output} " for output, pairs in zip(outputs, asked, strict=True)
             for slot, value in pairs if slot in COVERED]
-    return sum(hits) / len(hits)
+    return sum(hits) / len(hits) if hits else None
 
 
 def nearest(asked: Sequence[Facts], known: Sequence[tuple[Facts, str]]) -> list[str]:
