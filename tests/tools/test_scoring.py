@@ -140,6 +140,8 @@ def test_self_bleu_equals_nltk():
 def test_self_bleu_of_one_text_and_of_many_alike():
     assert variety.self_bleu(["a b c d e"]) == 0.0
     assert variety.self_bleu(["a b c d e"] * 1000) == pytest.approx(100)
+    texts = [f"{number} {number} b c d e f"[number % 5:] for number in range(300)]
+    assert variety.self_bleu(texts) == pytest.approx(variety.self_bleu([texts[n * 300 // 200] for n in range(200)]))
 
 
 def test_distinct_and_repetition():

@@ -7,6 +7,8 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 
+from trainer.data.evaluation import evaluation_samples
+
 _ORDERS = (1, 2, 3, 4)
 _SELF_BLEU_TEXTS = 200
 
@@ -33,8 +35,7 @@ def self_bleu(texts: Sequence[str]) -> float:
     Words between spaces; a precision without a match counts as 0.1 matches (NLTK's smoothing method 1). Of more than
     200 texts, 200 that are spread evenly. 0 for fewer than two texts.
     """
-    step = max(1, math.ceil(len(texts) / _SELF_BLEU_TEXTS))
-    words = [text.split() for text in texts[::step]]
+    words = [texts[place].split() for place in evaluation_samples(len(texts), _SELF_BLEU_TEXTS)]
     if len(words) < 2:
         return 0.0
     counts = {n: [Counter(ngrams(each, n)) for each in words] for n in _ORDERS}
