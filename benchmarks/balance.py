@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.report import ROOT, Report, parser
+from benchmarks.report import ROOT, Report, fingerprint, parser
 
 LAST_STEPS = 100
 RUNS = {"with": [], "without": ["--set", "model.moe.balance_weight=0.0"]}
@@ -61,12 +61,14 @@ def main() -> None:
     options.add_argument("--out", type=Path, default=ROOT / "runs" / "balance")
     options.add_argument("--steps", type=int, default=400)
     arguments = options.parse_args()
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    train(arguments.out.resolve(), arguments.steps)
+    # Runs of other code or another length are not gone on with, nor taken for this one's.
+    out = arguments.out.resolve() / f"{fingerprint('balance')}-{arguments.steps}"
+    out.mkdir(parents=True, exist_ok=True)
+    train(out, arguments.steps)
 
     report, rows, worst, loss = Report("balance", __doc__), [], {}, {}
     for name in RUNS:
-        lines = [json.loads(line) for line in (arguments.out / name / "metrics.jsonl").read_text().splitlines()]
+        lines = [json.loads(line) for line in (out / name / "metrics.jsonl").read_text().splitlines()]
         by_layer = variations(lines)
         worst[name] = max(by_layer)
         loss[name] = [line for line in lines if line["kind"] == "eval"][-1]["cross_entropy_model"]

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.report import fingerprint
 from model.packing import source_segment
 from tools.scoring.facts import Facts, coverage, facts, nearest, source_text, words
 from tools.scoring.overlap import corpus_bleu
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="as in trainer/run.py")
     args = parser.parse_args()
     data = {split: read(args.folder / f"{split}.jsonl.gz") for split in SPLITS}
-    run_dir = args.run_dir.resolve()
+    run_dir = args.run_dir.resolve() / fingerprint("e2e")  # a run of other code is not gone on with
     prepared = run_dir / "data"
     prepared.mkdir(parents=True, exist_ok=True)
     for split, pairs in data.items():

@@ -5,9 +5,10 @@
 The tests that need a GPU compare each kernel with exact references. Then, in turns: the window of 512 with heads of 128
 against full flash attention and against FlexAttention with the same window; experts of the `base` preset against a
 dense feed-forward of the same active FLOPs; and the training step of the `base` preset (plan made beforehand, forward,
-backward, AdamW) against twins with a dense feed-forward and with attention to everything. FLOPs are those of the shapes
-(`model/flops.py`); tiles are those that FlashAttention-2 computes, 128 queries by 64 keys. `--tiny` shrinks everything,
-so that it runs on a CPU as well, where it shows no more than that it runs.
+backward, AdamW on fp32 weights) against twins with a dense feed-forward and with attention to everything, whose memory
+is the peak of a step with what the network keeps. FLOPs are those of the shapes (`model/flops.py`); tiles are those
+that FlashAttention-2 computes, 128 queries by 64 keys. What fails is said, and costs no other figure. `--tiny` shrinks
+everything, so that it runs on a CPU as well, where it shows no more than that it runs.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.report import Report, parser
 from benchmarks.resume import verdicts
-from benchmarks.timing import Run, Times, take_turns
+from benchmarks.timing import Run, Spread, Times, take_turns
 from model.attention.backends import UNAVAILABLE
 from model.attention.composed import sparse_attention
 from model.attention.pattern import AttentionPattern
@@ -47,13 +48,15 @@ from trainer.config_load import load
 from trainer.hardware import peak_flops
 from trainer.randomness import training_draw
 
-TESTS = ("tests/model", "tests/trainer/test_expert_use.py")
+TESTS = ("tests/model/attention/test_gpu.py", "tests/model/moe/test_moe_backends.py",
+         "tests/trainer/test_expert_use.py")
 TILE = (128, 64)
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """attention_at: the length of the stated goals. experts: numbers of them. base: --set values on the preset."""
+    """attention_at: the length of the stated goals. experts: numbers of them. base: --set values on the preset. calls:
+    of a kernel in a turn; step_calls: of a training step."""
 
     matmul: int
     lengths: tuple[int, ...]
@@ -65,12 +68,13 @@ class Sizes:
     step_tokens: int
     base: tuple[str, ...]
     calls: int
+    step_calls: int
 
 
 REAL = Sizes(matmul=8192, lengths=(4096, 16384, 65536), attention_at=16384, heads=16, window=512, moe_tokens=32768,
-             experts=(8, 32), step_tokens=65536, base=(), calls=10)
+             experts=(8, 32), step_tokens=65536, base=(), calls=10, step_calls=2)
 TINY = Sizes(matmul=64, lengths=(64, 128), attention_at=128, heads=2, window=16, moe_tokens=64, experts=(4,),
-             step_tokens=128, calls=1, base=(
+             step_tokens=128, calls=1, step_calls=1, base=(
                  "model.width=32", "model.layers=1", "model.embed_dim=16", "model.time_dim=16",
                  "model.attention.heads=2", "model.attention.window=16", "model.moe.experts=4", "model.moe.ffn=32",
                  "data.draws_per_source=2", "data.max_target_tokens=8", "data.vocab_size=320"))
@@ -84,14 +88,16 @@ class Bench:
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.report, self.failed = Report("gpu" if sizes is REAL else "gpu_tiny", __doc__), False
 
-    def turns(self, runs: dict[str, Run]) -> Times:
-        """Each turn is several calls in a row, so that the wait at its end does not count."""
+    def turns(self, runs: dict[str, Run], calls: int | None = None) -> Times:
+        """Of those that run. Each turn is several calls in a row, so that the wait at its end does not count."""
+        calls = calls or self.sizes.calls
+
         def several(run: Run) -> Run:
-            return lambda: [run() for _ in range(self.sizes.calls)]
+            return lambda: [run() for _ in range(calls)]
 
         working = {name: several(run) for name, run in runs.items() if self.attempt(name, run)}
         times = take_turns(working, self.repeats, clock=self.clock)
-        return Times({name: [each / self.sizes.calls for each in taken] for name, taken in times.items()})
+        return Times({name: [each / calls for each in taken] for name, taken in times.items()})
 
     def clock(self) -> float:
         if self.device.type == "cuda":
@@ -104,7 +110,7 @@ class Bench:
         try:
             measure()
             self.clock()  # a kernel's error comes with the wait for it
-        except Exception:
+        except (Exception, SystemExit):
             self.failed = True
             print(f"FAILED: {what}\n{traceback.format_exc()}", flush=True)
             return False
@@ -174,10 +180,14 @@ def measure_attention(bench: Bench, tokens: int, peak: float, head_dim: int = 12
     def near(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return (i - j).abs() <= side
 
-    compiled = partial(torch.compile, dynamic=False) if cuda else (lambda function: function)
-    mask = compiled(flex_attention.create_block_mask)(near, None, None, tokens, tokens, device=bench.device)
-    flex = compiled(flex_attention.flex_attention)
-    runs |= {"full flash": dense(full), "FlexAttention": dense(lambda q, k, v: flex(q, k, v, block_mask=mask))}
+    def flexible() -> None:
+        compiled = partial(torch.compile, dynamic=False) if cuda else (lambda function: function)
+        mask = compiled(flex_attention.create_block_mask)(near, None, None, tokens, tokens, device=bench.device)
+        flex = compiled(flex_attention.flex_attention)
+        runs["FlexAttention"] = dense(lambda q, k, v: flex(q, k, v, block_mask=mask))
+
+    runs["full flash"] = dense(full)
+    bench.attempt("FlexAttention's mask", flexible)
 
     with torch.no_grad():
         forward = bench.turns({name: lambda run=run: run(q, k, v) for name, run in runs.items()})
@@ -190,7 +200,7 @@ def measure_attention(bench: Bench, tokens: int, peak: float, head_dim: int = 12
         "kernel", "forward ms", "forward and backward ms"], [
         [name, 1e3 * forward.seconds(name).value, 1e3 * both.seconds(name).value if name in both else "–"]
         for name in forward])
-    for name in ours:
+    for name in ours if "full flash" in both else []:
         bench.report.row(f"attention.{name}.{tokens}", f"`{name}`, {tokens:,} tokens, forward and backward: against "
                          "full flash attention", both.ratio("full flash", name))
     fastest = min(ours, key=lambda name: forward.seconds(name).value)
@@ -202,6 +212,8 @@ def measure_attention(bench: Bench, tokens: int, peak: float, head_dim: int = 12
         useful = forward.seconds(fastest).value
         bench.report.row("attention.of_peak", f"`{fastest}`, {tokens:,} tokens, forward: useful FLOP/s, of the "
                          "measured matmul peak", 100 * flops / useful / peak, "%")
+        if "full flash" not in forward:
+            return
         on_tiles = 4 * head_dim * sizes.heads * tile_pairs(tokens, side) / useful
         whole = 4 * head_dim * sizes.heads * tokens**2 / forward.seconds("full flash").value
         bench.report.row("attention.of_full", f"`{fastest}`, {tokens:,} tokens, forward: FLOP/s on the tiles, of full "
@@ -233,7 +245,7 @@ def measure_experts(bench: Bench) -> None:
         if refusal is None and not (bench.device.type == "cuda" and name == "reference"):
             runs |= {f"{name}, {count} experts": layer(count, name) for count in bench.sizes.experts}
     times = bench.turns(runs)
-    for name in list(times)[1:]:
+    for name in [name for name in times if name != "dense" and "dense" in times]:
         bench.report.row(f"experts.{name.replace(', ', '.').removesuffix(' experts')}", f"`{name}`, {tokens:,} tokens: "
                          "speed, of a dense feed-forward's", times.ratio("dense", name))
 
@@ -270,46 +282,74 @@ def measure_step(bench: Bench, length: int, is_goal: bool) -> None:
     networks = {"base": base, "dense feed-forward": replace(base, moe=dense),
                 "attention to everything": base_config(bench, f"model.attention.window={2 * length}",
                                                        "model.attention.dilation=1")}
-    rows, speed = [], {}
+    runs: dict[str, Run] = {}
+    flops, memory = {}, {}
     for name, config in networks.items():
-        model = DiffusionLM(config)
-        model.init_weights(0)
-        if name == "dense feed-forward":
-            for block in model.denoiser.blocks:
-                block.moe = DenseFeedForward(config.width, config.moe.ffn)
-        model.to(bench.device, bench.dtype)
-        plan = model.prepare(batch, device=bench.device, dtype=bench.dtype).to(bench.device)
-        flops = training_flops(config, plan, copies)
-        draw, moved = training_draw(batch, config, 0, 0).to(bench.device), batch.to(bench.device)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
-        counts = int(batch.in_loss_T.sum()), len(batch), int(batch.is_target_T.sum())
+        def build(name: str = name, config: ModelConfig = config) -> None:
+            held = allocated(bench.device)
+            model = DiffusionLM(config)
+            model.init_weights(0)
+            if name == "dense feed-forward":
+                for block in model.denoiser.blocks:
+                    block.moe = DenseFeedForward(config.width, config.moe.ffn)
+            model.to(bench.device, bench.dtype)
+            plan = model.prepare(batch, device=bench.device, dtype=bench.dtype).to(bench.device)
+            draw, moved = training_draw(batch, config, 0, 0).to(bench.device), batch.to(bench.device)
+            counts = int(batch.in_loss_T.sum()), len(batch), int(batch.is_target_T.sum())
+            update = updated(model)
 
-        def step(model=model, plan=plan, draw=draw, optimizer=optimizer, moved=moved, counts=counts) -> None:
-            model(moved, plan, draw, *counts).total.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            def step() -> None:
+                model(moved, plan, draw, *counts).total.backward()
+                update()
+            step()  # makes AdamW's moments
+            if bench.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            step()
+            flops[name] = training_flops(config, plan, copies)
+            memory[name] = allocated(bench.device, peak=True) - held
+            runs[name] = step
 
-        if bench.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        seconds = bench.turns({name: step}).seconds(name)
-        memory = f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB" if bench.device.type == "cuda" else "–"
-        speed[name] = seconds
-        peak = peak_flops(bench.device, bench.dtype)
-        mfu = 100 * flops / seconds.value / peak if peak else None
-        rows.append([name, len(batch) / seconds.value, f"{mfu:.1f} %" if peak else "–", memory])
-        if name == "base" and peak:
-            bench.report.row("step.mfu" if is_goal else f"step.mfu.{length}", f"step of `base`, documents of "
-                             f"{length:,} tokens: useful FLOP/s, of the GPU's peak", mfu, "%")
-        del model, optimizer, step
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
+        bench.attempt(f"step of {name}", build)
+    times = bench.turns(runs, bench.sizes.step_calls)
+    peak = peak_flops(bench.device, bench.dtype)
+    mfu = {name: f"{100 * flops[name] / times.seconds(name).value / peak:.1f} %" if peak else "–" for name in times}
     bench.report.table(f"Training step, {len(batch):,} tokens in documents of {length:,}", [
-        "network", "tokens/s", "MFU", "memory"], rows)
-    own = speed.pop("base")
-    for name, seconds in speed.items():
+        "network", "tokens/s", "MFU", "memory"], [
+        [name, len(batch) / times.seconds(name).value, mfu[name],
+         f"{memory[name] / 2**30:.1f} GiB" if bench.device.type == "cuda" else "–"] for name in times])
+    if "base" not in times:
+        return
+    if peak:
+        share = Spread.of([100 * flops["base"] / each / peak for each in times["base"]])
+        bench.report.row("step.mfu" if is_goal else f"step.mfu.{length}", f"step of `base`, documents of {length:,} "
+                         "tokens: useful FLOP/s, of the GPU's peak", share, "%")
+    for name in [name for name in times if name != "base"]:
         key = "step.of_dense" if is_goal and name == "dense feed-forward" else f"step.{name.split()[0]}.{length}"
         bench.report.row(key, f"step of `base`, documents of {length:,} tokens: speed, of its twin with {name}",
-                         seconds.value / own.value)
+                         times.ratio(name, "base"))
+
+
+def allocated(device: torch.device, *, peak: bool = False) -> int:
+    """Bytes of tensors on a GPU, now or at most since the peak was reset."""
+    if device.type != "cuda":
+        return 0
+    return torch.cuda.max_memory_allocated() if peak else torch.cuda.memory_allocated()
+
+
+def updated(model: nn.Module) -> Run:
+    """AdamW's step on fp32 copies of the weights, from their gradients, which are freed."""
+    weights = list(model.parameters())
+    masters = [weight.detach().float().clone() for weight in weights]
+    optimizer = torch.optim.AdamW(masters, lr=1e-4, fused=True)
+
+    def update() -> None:
+        for master, weight in zip(masters, weights, strict=True):
+            master.grad = None if weight.grad is None else weight.grad.float()
+            weight.grad = None
+        optimizer.step()
+        with torch.no_grad():
+            torch._foreach_copy_(weights, masters)
+    return update
 
 
 def main() -> int:
@@ -326,13 +366,16 @@ def main() -> int:
     if device.type == "cuda":
         bench.attempt("the tests of the kernels", lambda: check(bench))
     peak = matmul_peak(bench)
-    for tokens in sizes.lengths:
-        bench.attempt(f"attention, {tokens} tokens", lambda tokens=tokens: measure_attention(bench, tokens, peak))
-    bench.attempt("experts", lambda: measure_experts(bench))
-    for length in sizes.lengths:
-        bench.attempt(f"step, {length} tokens", lambda length=length: measure_step(
-            bench, length, length == sizes.attention_at))
-    bench.report.write(arguments.json)
+    parts: dict[str, Run] = {
+        **{f"attention, {tokens} tokens": partial(measure_attention, bench, tokens, peak) for tokens in sizes.lengths},
+        "experts": partial(measure_experts, bench),
+        **{f"step, {length} tokens": partial(measure_step, bench, length, length == sizes.attention_at)
+           for length in sizes.lengths}}
+    for what, measure in parts.items():
+        bench.attempt(what, measure)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        bench.report.write(arguments.json)  # after every part: whoever is cut off keeps what there is
     return int(bench.failed)
 
 

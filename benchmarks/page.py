@@ -56,13 +56,15 @@ def _goals(found: dict[str, dict]) -> str:
     for goal in GOALS:
         row = rows.get(goal.key)
         command = f"`{found[goal.part]['command']}`" if row else ""
-        lines.append([goal.what, goal_text(goal), _verdict(goal, row), command])
+        lines.append([goal.what, goal_text(goal), _verdict(goal, row, goal.part in found), command])
     return _table(["what", "goal", "measured", "by"], lines)
 
 
-def _verdict(goal: Goal, row: dict | None) -> str:
+def _verdict(goal: Goal, row: dict | None, ran: bool) -> str:
+    """ran: whether the part that has the row was measured."""
     if row is None:
-        return "not measured: needs a GPU" if goal.part == "gpu" else "not measured"
+        why = (": it failed" if ran else ": needs a GPU") if goal.part == "gpu" else ""
+        return f"not measured{why}"
     text = figure(row["value"], row["low"], row["high"], row["unit"])
     return text if goal.reached(row["value"]) else f"{text}, **missed**"
 

@@ -109,11 +109,18 @@ def origin(part: str) -> dict:
                                                                  if (version := _version(name))}}}
 
 
+_TRAINED = ("ds_configs/*.json", "data/proposals/*")
+_ALSO = {"step": ("benchmarks/original.py",), "resume": ("tests/trainer/*.py",), "balance": _TRAINED, "data": _TRAINED,
+         "scaling": _TRAINED}
+"""Part -> what else its figures depend on."""
+
+
 def fingerprint(part: str) -> str:
-    """Hash of the code that a part's figures depend on: model, trainer, the part itself and what all share."""
+    """Hash of what a part's figures depend on: model, trainer, the part itself, what all share, and `_ALSO`."""
     files = [path for room in ("model", "trainer") for path in sorted((ROOT / room).rglob("*.py"))]
     files += [ROOT / "benchmarks" / f"{name}.py" for name in (part, "timing")]
     files += [ROOT / "requirements.txt"]
+    files += [path for pattern in _ALSO.get(part, ()) for path in sorted(ROOT.glob(pattern))]
     digest = hashlib.sha256()
     for path in filter(Path.exists, files):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
@@ -135,5 +142,8 @@ def _version(package: str) -> str | None:
 
 
 def _git(*arguments: str) -> str:
-    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    return done.stdout.strip()
+    """What git says; empty where there is none."""
+    try:
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        return ""

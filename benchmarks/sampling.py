@@ -36,8 +36,9 @@ SOURCE, TARGET, STEPS, DRAWS = 4096, 256, 20, 8
 LAYERS, SHALLOW, DEEP = 4, 2, 12
 
 
-def initialised(conditioning: str, layers: int, window: int = 512) -> DiffusionLM:
-    base = load("base", overrides=["data.draws_per_source=1", f"model.attention.window={window}"])
+def initialised(conditioning: str, layers: int, **attention: int) -> DiffusionLM:
+    base = load("base", overrides=["data.draws_per_source=1", *(
+        f"model.attention.{name}={value}" for name, value in attention.items())])
     config = base.model
     model = DiffusionLM(replace(
         config, layers=layers, vocab_size=base.data.vocab_size * LAYERS // config.layers,
@@ -85,7 +86,7 @@ def main() -> None:
     for name, layers in (("{}", LAYERS), ("{}, shallow", SHALLOW)):
         runs |= {name.format("cached"): sampling("cached", layers, source, STEPS),
                  name.format("joint, everything"): sampling("joint", layers, source, arguments.joint_steps,
-                                                            window=2 * (source + TARGET)),
+                                                            window=2 * (source + TARGET), dilation=1),
                  name.format("joint, window"): sampling("joint", layers, source, arguments.joint_steps)}
         runs |= {name.format(copies): training(layers, source, draws) for copies, draws in counts.items()}
     times = take_turns(runs, arguments.repeats)

@@ -4,12 +4,12 @@
 
 A step is plan, forward, backward and AdamW, on one thread in fp32, with as many tokens at every length. All networks
 are 512 wide with 8 heads and 4 layers; the feed-forward of 8 experts, top-2, does the arithmetic of the dense one of
-2,048. An eighth of a document, at most 256 tokens, is its target. The vocabulary is cut from 16,384 as the depth is
-from 12 layers, so that the output keeps its share. The last block of `long_doc` leaves sources out, which counts for
-more in 4 layers than in 12: for 12, with the same vocabulary, the ratio is worked out from the median times of 2 and
-of 4 layers. The original is transformers' BERT encoder with DiffuSeq's projections and loss, without dropout; as
-published it drops 0.1, of the attention weights too, for which PyTorch holds all of them. Both are extended to the
-length. CPU time, contenders taking turns.
+2,048. An eighth of a document is its target, at most 256 tokens where networks are compared. The vocabulary is cut from
+16,384 as the depth is from 12 layers, so that the output keeps its share. The last block of `long_doc` leaves sources
+out, which counts for more in 4 layers than in 12: for 12, with the same vocabulary, the ratio is worked out from the
+median times of 2 and of 4 layers. The original is transformers' BERT encoder with DiffuSeq's projections and loss,
+without dropout; as published it drops 0.1, of the attention weights too, for which PyTorch holds all of them. Both are
+extended to the length. CPU time, contenders taking turns.
 
 Limits: FLOPs are those of the shapes (`model/flops.py`), against those of matrix products of 2,048 x 2,048 on the same
 core; time is divided among kinds of operations by PyTorch's profiler.
@@ -25,13 +25,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.original import OriginalDiffuSeq
 from benchmarks.report import Report, parser
-from benchmarks.timing import Run, Times, peak_mib, take_turns
+from benchmarks.timing import Run, Times, peak_mib, profiled, take_turns
 from model.allocator import keep_freed_memory
 from model.batch import PackedBatch
 from model.config import ModelConfig
@@ -53,11 +52,11 @@ GROWTH = (2048, 16384)
 
 
 class Documents:
-    """So many tokens in documents of `length`."""
+    """So many tokens in documents of `length`, an eighth of each its target, but no more than longest_target."""
 
-    def __init__(self, length: int, tokens: int):
+    def __init__(self, length: int, tokens: int, longest_target: int = 256):
         self.length, self.count = length, max(1, tokens // length)
-        self.target = min(length // 8, 256)
+        self.target = min(length // 8, longest_target)
         self.tokens = self.count * length
 
     def packed(self) -> PackedBatch:
@@ -182,9 +181,7 @@ KINDS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::badd
 
 def shares(run: Run) -> list[str]:
     """Parts of a step's CPU time, by KINDS and the rest, which reads and writes memory more than it computes."""
-    with profile(activities=[ProfilerActivity.CPU]) as profiled:
-        run()
-    events = profiled.key_averages()
+    events = profiled(run).key_averages()
     whole = sum(event.self_cpu_time_total for event in events)
     of_kind = {kind: sum(event.cpu_time_total if kind == "update" else event.self_cpu_time_total
                          for event in events if event.key in keys) for kind, keys in KINDS.items()}
@@ -192,7 +189,8 @@ def shares(run: Run) -> list[str]:
 
 
 def growth(report: Report, short: int, long: int, repeats: int) -> None:
-    runs = {(recipe, length): ours(recipe, Documents(length, long)) for recipe in LINEAR for length in (short, long)}
+    runs = {(recipe, length): ours(recipe, Documents(length, long, longest_target=long))
+            for recipe in LINEAR for length in (short, long)}
     times = take_turns(runs, repeats)
     for recipe in LINEAR:
         report.row(f"growth.{recipe}.{long}", f"`{recipe}`, documents of {long:,} tokens: speed, of that in "
@@ -203,7 +201,7 @@ def memory(report: Report, lengths: list[int]) -> None:
     """One document of each length; what stays the same at all lengths is in every peak."""
     mib: dict[str, list[tuple[int, float]]] = defaultdict(list)
     for length in lengths:
-        documents = Documents(length, length)
+        documents = Documents(length, length, longest_target=length)
         for name, run in {ORIGINAL: original(0.0, documents),
                           **{recipe: ours(recipe, documents) for recipe in LINEAR}}.items():
             run()  # makes AdamW's moments

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -60,12 +61,20 @@ def take_turns(runs: Mapping[str, Run], repeats: int, *, clock: Callable[[], flo
     return times
 
 
+def profiled(run: Run, *, memory: bool = False) -> profile:
+    """The profile of a run on the CPU. The profiler's library says in lines of its own when it starts and stops, among
+    the benchmark's, unless it is told to be quiet."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=memory) as found:
+        run()
+    return found
+
+
 def peak_mib(run: Run) -> float:
     """Peak of what a run on the CPU allocates, beyond what is there when it begins."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        run()
+    found = profiled(run, memory=True)
     held = peak = 0
-    changes = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    changes = [event for event in found.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(changes, key=lambda event: event.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
