@@ -164,10 +164,12 @@ def open_asked(config: RunConfig, vocabulary: Vocabulary, args: argparse.Namespa
         return Gapped(config, vocabulary, args.fill, args.limit)
     if args.unconditional is not None:
         return Nothing(config, vocabulary, args.unconditional, args.texts_only)
-    where = args.input or getattr(data, args.split)
-    if not where:
+    if args.input:
+        config = dataclasses.replace(config, data=dataclasses.replace(data, test=args.input))
+        return Documents(config, "test", args.limit, targets_needed=False)
+    if not getattr(data, args.split):
         raise DataError(f"the run has no data.{args.split}: give --input")
-    return Documents(config, where, args.limit, targets_needed=not args.input)
+    return Documents(config, args.split, args.limit, targets_needed=True)
 
 
 def facts(folder: Path, how: SampleConfig, args: argparse.Namespace) -> dict:

@@ -1,5 +1,6 @@
 """What texts can be generated for, and that they do not depend on how the work is divided."""
 
+import functools
 import json
 import shutil
 
@@ -9,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.tools.converting import call
 from tests.tools.exported import exported_run
-from tools import convert_checkpoint, generate
+from tools import convert_checkpoint, generate, prepare_data
 from tools.generating.identity import resume
 
 JOINT = {"model__diffusion__conditioning": "joint", "data__draws_per_source": 1, "model__diffusion__infilling": 0.5}
@@ -34,6 +35,18 @@ def tool(monkeypatch, capsys):
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def copied(run, folder, **settings):
+    """A copy of a run's model, of whose configuration `settings` are changed, with __ for dots."""
+    shutil.copytree(run / "model", folder / "model")
+    path = folder / "model" / "config.json"
+    facts = json.loads(path.read_text())
+    for key, value in settings.items():
+        *sections, name = key.split("__")
+        functools.reduce(dict.__getitem__, sections, facts["run"])[name] = value
+    path.write_text(json.dumps(facts))
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["cached", "joint"])
@@ -63,6 +76,20 @@ def test_documents_may_lack_targets(runs, tool, tmp_path):
     assert printed == first["text"] + "\n"  # its number is 0 as well
     asked.write_text('{"trg": "bed"}\n')
     assert 'needs fields "src" and "trg"' in tool(runs["cached"], "--input", asked, expect=81)
+
+
+def test_a_split_of_a_prepared_folder_is_the_one_that_is_asked_for(runs, tool, tmp_path):
+    words = []
+    for split, source in (("train", "abc abc"), ("valid", "bad bad"), ("test", "dad dad")):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"src": source, "trg": "bed"}) + "\n")
+        words += [f"--{split}", tmp_path / f"{split}.jsonl"]
+    tool("--vocabulary", runs["cached"] / "model" / "vocabulary.model", *words, "--duplicates", "keep", "--workers", 1,
+         "--out", tmp_path / "prepared", module=prepare_data)
+    prepared = str(tmp_path / "prepared")
+    run = copied(runs["cached"], tmp_path / "run", data__valid=prepared, data__test=prepared)
+    for split, source in (("valid", "bad bad"), ("test", "dad dad")):
+        tool(run, "--split", split)
+        assert [record["source"] for record in read(run / "generations" / f"{split}.jsonl")] == [source]
 
 
 def test_gaps_are_filled(runs, tool, tmp_path):

@@ -47,14 +47,14 @@ class Asked(Protocol):
 
 
 class Documents:
-    """The documents at `where`. limit: so many, spread evenly (0: all). config: with the vocabulary's file.
+    """The documents of a split. limit: so many, spread evenly (0: all). config: with the vocabulary's file.
     targets_needed: whether every document has one. DataError where the documents are not there or faulty."""
 
-    def __init__(self, config: RunConfig, where: str | list[str] | dict, limit: int, targets_needed: bool):
-        data = dataclasses.replace(config.data, test=where)
+    def __init__(self, config: RunConfig, split: str, limit: int, targets_needed: bool):
+        data = config.data
         fields = None if targets_needed else _OptionalTarget(data.source_field, data.target_field, data.text_field)
-        self._data = prepare(data, splits=("test",), progress=True, reader=fields)
-        self._samples, self._cache = self._data.samples("test", draws=1), self._data.caches["test"]
+        self._data = prepare(data, splits=(split,), progress=True, reader=fields)
+        self._samples, self._cache = self._data.samples(split, draws=1), self._data.caches[split]
         self._targets_needed = targets_needed
         self.numbers = evaluation_samples(len(self._samples), limit).tolist()
         self.digest = digest(path for folder in self._cache.folders for path in sorted(folder.iterdir()))
