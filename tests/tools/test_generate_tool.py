@@ -92,6 +92,15 @@ def test_a_split_of_a_prepared_folder_is_the_one_that_is_asked_for(runs, tool, t
         assert [record["source"] for record in read(run / "generations" / f"{split}.jsonl")] == [source]
 
 
+def test_chunks_of_a_text_have_references_of_their_own(runs, tool, tmp_path):
+    text = "abc bad dad cafe bed " * 5
+    asked = tmp_path / "texts.jsonl"
+    asked.write_text(json.dumps({"text": text}) + "\n")
+    tool(runs["joint"], "--input", asked, "--output", tmp_path / "out.jsonl")
+    records = read(tmp_path / "out.jsonl")
+    assert len(records) > 1 and "".join(record["reference"] for record in records) == text
+
+
 def test_gaps_are_filled(runs, tool, tmp_path):
     gapped = tmp_path / "gapped.jsonl"
     gapped.write_text('{"src": "abc bad", "trg": "dad <gap:3> cafe"}\n{"src": "", "trg": "<gap:2>bad<gap:4>"}\n')

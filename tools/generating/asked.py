@@ -64,9 +64,12 @@ class Documents:
         return Source(number, self._samples.source(number))
 
     def known(self, number: int) -> dict[str, str]:
-        """Source, and reference if there is one."""
+        """Source, and reference if there is one: of a text without source, the chunk that its number stands for."""
         document = self._samples.document_S[number]
-        source, reference = self._data.vocabulary.decode([self._cache.source(document), self._cache.target(document)])
+        # A pair is one sample, and judged by its whole target; of a text without source every chunk is a sample.
+        paired = self._cache.paired_N[document]
+        target = self._cache.target(document) if paired else self._samples.canvas(number)
+        source, reference = self._data.vocabulary.decode([self._cache.source(document), target])
         return {"source": source, **({"reference": reference} if reference or self._targets_needed else {})}
 
 
