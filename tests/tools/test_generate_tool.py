@@ -101,6 +101,23 @@ def test_chunks_of_a_text_have_references_of_their_own(runs, tool, tmp_path):
     assert len(records) > 1 and "".join(record["reference"] for record in records) == text
 
 
+def test_fields_are_those_of_the_training_corpora_or_of_the_command_line(runs, tool, tmp_path):
+    papers = {"documents": "papers.jsonl", "source_field": "article", "target_field": "abstract"}
+    one = copied(runs["joint"], tmp_path / "one", data__train={"papers": papers})
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"article": "abc bad", "abstract": "dad <gap:3> cafe"}\n')
+    for kind in ("--input", "--fill"):
+        tool(one, kind, asked, "--output", tmp_path / f"one{kind}.jsonl")
+        assert read(tmp_path / f"one{kind}.jsonl")[0]["source"] == "abc bad"
+    two = copied(runs["joint"], tmp_path / "two", data__train={"papers": papers, "notes": {"documents": "notes.jsonl"}})
+    for kind in ("--input", "--fill"):
+        said = tool(two, kind, asked, "--output", tmp_path / f"two{kind}.jsonl", expect=81)
+        assert "Name its fields by --source_field and --target_field, or --text_field" in said
+        tool(two, kind, asked, "--source_field", "article", "--target_field", "abstract",
+             "--output", tmp_path / f"two{kind}.jsonl")
+        assert read(tmp_path / f"two{kind}.jsonl")[0]["source"] == "abc bad"
+
+
 def test_gaps_are_filled(runs, tool, tmp_path):
     gapped = tmp_path / "gapped.jsonl"
     gapped.write_text('{"src": "abc bad", "trg": "dad <gap:3> cafe"}\n{"src": "", "trg": "<gap:2>bad<gap:4>"}\n')
@@ -197,6 +214,7 @@ def test_a_line_that_is_no_text_is_named(runs, tool, tmp_path):
     ("joint", ["--fill", "{file}", "--trace"], 80, "--trace: does not apply to --fill"),
     ("cached", ["--prompt", "a", "--limit", 2], 80, "--limit: only applies"),
     ("cached", ["--texts_only"], 80, "--texts_only: only applies"),
+    ("cached", ["--split", "test", "--text_field", "body"], 80, "--text_field: only applies"),
     ("cached", ["--split", "test", "--prompt", "a"], 80, "not allowed with"),
     ("cached", ["--solver", "diffuseq_v2_compat"], 80, "sample.solver: diffuseq_v2_compat"),
     ("bert", ["--solver", "diffuseq_v2_compat", "--no-clamp", "--trace"], 80, "--trace: does not apply to --solver"),

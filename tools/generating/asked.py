@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -74,7 +74,14 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class _OptionalTarget(Fields):
+class _AskedFields(Fields):
+    """Fields of documents that the command line names."""
+
+    named_by: ClassVar[str] = "--"
+
+
+@dataclass(frozen=True)
+class _OptionalTarget(_AskedFields):
     """Documents as in training, but of those with a source the target may be missing."""
 
     def document(self, record: object, place: str) -> tuple[str, str]:
@@ -128,7 +135,8 @@ class Gapped:
 
     def __init__(self, config: RunConfig, vocabulary: Vocabulary, where: str, limit: int):
         data = dataclasses.replace(config.data, test=where)
-        corpus = find_corpus(data.corpora("test")["test"], "test", data.cache_dir, "--fill")
+        fields = _AskedFields(data.source_field, data.target_field, data.text_field)
+        corpus = find_corpus(data.corpora("test")["test"], "test", data.cache_dir, "--fill", fields)
         self._texts = [pair for block in corpus.blocks() for pair in zip(*documents(block, corpus.reader), strict=True)]
         self.numbers, self.digest = evaluation_samples(len(self._texts), limit).tolist(), corpus.digest
         self._tasks = {}
