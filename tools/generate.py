@@ -43,7 +43,7 @@ from trainer.config import RunConfig, SampleConfig
 from trainer.data.config import DataConfig
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import CheckpointError, DataError
-from trainer.export import model_folder, read_description, weight_files
+from trainer.export import inference_dtype, model_folder, read_description, weight_files
 from trainer.parser import Parser
 
 FIELDS = ("source_field", "target_field", "text_field")
@@ -94,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--deterministic", action="store_true", help="one document at a time, on one thread of each "
                        "process, with kernels that always give the same bits: slower")
     where.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    where.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
+                       help="of weights and activations (default: auto, bf16 on a GPU that computes in it, else fp32)")
     return parser
 
 
@@ -105,7 +107,8 @@ def main() -> None:
     how = chosen_sampling(config, args)
     if args.trace and how.solver == COMPAT:
         raise ConfigError("--trace", f"does not apply to --solver {COMPAT}, which keeps no trace of its steps")
-    writer = Writer(folder, args.device, how.settings(), how.candidates, args.deterministic)
+    args.dtype = inference_dtype(args.dtype, args.device)
+    writer = Writer(folder, args.device, args.dtype, how.settings(), how.candidates, args.deterministic)
     output = args.output or (None if args.prompt is not None else default_output(args))
     known = facts(folder, how, args) if output else {}
     if output:
@@ -201,9 +204,9 @@ def facts(folder: Path, how: SampleConfig, args: argparse.Namespace) -> dict:
     except OSError as error:
         raise CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
     return {"model": str(folder.absolute()), "weights": weights, "settings": dataclasses.asdict(how.settings()),
-            "candidates": how.candidates, "deterministic": args.deterministic, "limit": args.limit,
-            "asked": {name: getattr(args, name) for name in
-                      ("split", "input", "prompt", "fill", "unconditional", "texts_only")}}
+            "candidates": how.candidates, "deterministic": args.deterministic, "dtype": args.dtype,
+            "limit": args.limit, "asked": {name: getattr(args, name) for name in
+                                            ("split", "input", "prompt", "fill", "unconditional", "texts_only")}}
 
 
 def default_output(args: argparse.Namespace) -> Path:

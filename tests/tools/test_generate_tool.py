@@ -12,6 +12,7 @@ from tests.tools.converting import call
 from tests.tools.exported import exported_run
 from tools import convert_checkpoint, generate, prepare_data
 from tools.generating.identity import resume
+from trainer.export import inference_dtype, read_model
 
 JOINT = {"model__diffusion__conditioning": "joint", "data__draws_per_source": 1, "model__diffusion__infilling": 0.5}
 
@@ -116,6 +117,29 @@ def test_fields_are_those_of_the_training_corpora_or_of_the_command_line(runs, t
         tool(two, kind, asked, "--source_field", "article", "--target_field", "abstract",
              "--output", tmp_path / f"two{kind}.jsonl")
         assert read(tmp_path / f"two{kind}.jsonl")[0]["source"] == "abc bad"
+
+
+def test_what_was_trained_with_the_kernels_of_gpus_generates_anywhere(runs, tool, tmp_path):
+    run = copied(runs["cached"], tmp_path, model__attention__backend="flash_attn", model__moe__backend="grouped_mm")
+    assert tool(run, "--prompt", "abc bad") == tool(runs["cached"], "--prompt", "abc bad")
+
+
+def test_half_precision_is_asked_for_and_keeps_counts_whole(runs, tool, tmp_path):
+    half, whole = (read_model(runs["cached"] / "model", dtype=dtype)[0] for dtype in ("bf16", "fp32"))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.float32}
+    assert half.prior_count_V.dtype == torch.int64 and torch.equal(half.prior_count_V, whole.prior_count_V)
+    arguments = [runs["cached"], "--limit", 2, "--output", tmp_path / "out.jsonl"]
+    tool(*arguments, "--dtype", "bf16")
+    assert len(read(tmp_path / "out.jsonl")) == 2
+    assert "other settings (dtype)" in tool(*arguments, "--dtype", "fp32", expect=80)
+
+
+def test_precision_by_itself_is_that_of_the_device(monkeypatch):
+    assert inference_dtype("auto", "cpu") == "fp32" and inference_dtype("fp32", "cuda") == "fp32"
+    for supported, dtype in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=supported: found)
+        assert inference_dtype("auto", "cuda") == dtype
 
 
 def test_gaps_are_filled(runs, tool, tmp_path):
