@@ -11,11 +11,8 @@ end() { # end CODE WORDS...: the job's last line
 }
 
 # ---- settings; slurm/site.env may set all of them, and NCCL's
-if [ -f slurm/site.env ]; then
-    # shellcheck source=slurm/site.env.example
-    . slurm/site.env
-fi
-python=${PYTHON:-$PWD/.venv/bin/python}
+# shellcheck source=slurm/lib/site.sh
+. slurm/lib/site.sh
 scratch=${NODE_SCRATCH:-/tmp}                      # a disk of the node's own, for what ranks compile
 idle_starts=${MAX_IDLE_STARTS:-3}                  # starts in a row that may add no checkpoint
 retry=${RETRY_FAILURES:-no}                        # yes: queue the job again after an error that a restart may cure
