@@ -8,7 +8,18 @@ import pytest
 
 from tests.trainer.launching import ROOT
 
-PROGRAMS = {"scontrol": "", "squeue": "", "python": "echo step 4/9"}
+SCONTROL = """
+case "$*" in
+    "show hostnames"*) echo localhost ;;
+    "-o show job"*) echo "JobId=7 PreemptTime=$PREEMPTED RunTime=00:00:05 TimeLimit=$LIMIT ExcNodeList=(null)" ;;
+    requeue*) echo "queued again" ;;
+esac
+"""
+PROGRAMS = {
+    "scontrol": SCONTROL, "srun": "", "squeue": "", "sleep": "",
+    # Asked before training for its step, for one: SLURM's signal then comes as early as the first checks.
+    "python": 'case "$*" in *checkpoint*) [ -z "$JOB_PID" ] || kill -USR1 "$JOB_PID" ;; esac; echo "step 4/9"',
+}
 
 
 @pytest.fixture
@@ -23,9 +34,24 @@ def call(tmp_path):
 
     def run(line, **variables):
         env = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM", "PYTHON"))}
-        env |= {"PATH": f"{programs}:{env['PATH']}", **variables}
+        env |= {"PATH": f"{programs}:{env['PATH']}", "JOB_PID": "", **variables}
         return subprocess.run(["bash", "-c", line], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
     return run
+
+
+@pytest.mark.parametrize("limit, preempted, code, said", [
+    ("00:10:00", "None", 80, "of a limit of 00:10:00: give sbatch a longer --time, or --signal=B:USR1@60"),
+    ("00:10:00", "2026-01-01T00:00:00", 75, "queued again"),
+    ("01:00:00", "None", 75, "queued again"),
+    ("1-00:05:00", "None", 75, "queued again"),
+])
+def test_a_limit_no_longer_than_the_time_to_save_is_refused(call, limit, preempted, code, said):
+    slurm = {"JOB_ID": "7", "JOB_NAME": "train", "JOB_NUM_NODES": "1", "JOB_NODELIST": "localhost", "NTASKS": "1",
+             "JOB_PARTITION": "main"}
+    done = call("export JOB_PID=$$; . slurm/lib/job.sh", LIMIT=limit, PREEMPTED=preempted, PREFLIGHT="nodes",
+                PYTHON="python", **{f"SLURM_{name}": value for name, value in slurm.items()})
+    assert done.returncode == code and said in done.stdout.splitlines()[-1], done
+    assert ("queued again" in done.stdout) == (code == 75)
 
 
 def test_the_line_of_status_is_made_by_the_python_of_the_site(call, tmp_path):
