@@ -18,7 +18,8 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.out
-# USR1 comes ten minutes before the limit and on preemption: the ranks save, and the job is queued again.
+# USR1 comes ten minutes before the limit and on preemption: the ranks save, and the job is queued again. With a limit
+# that is hardly longer, give sbatch --signal=B:USR1@60 as well.
 #SBATCH --signal=B:USR1@600
 cd "${SLURM_SUBMIT_DIR:?start this script with sbatch, from the root of the repository}" || exit
 # shellcheck source=slurm/lib/job.sh

@@ -41,10 +41,14 @@ from tools.generating.identity import check as check_output
 from tools.generating.identity import digest, resume
 from tools.generating.writer import Writer, written
 from trainer.config import RunConfig, SampleConfig
+from trainer.data.config import DataConfig
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import CheckpointError, DataError
-from trainer.export import model_folder, read_description, weight_files
+from trainer.export import inference_dtype, model_folder, read_description, weight_files
 from trainer.parser import Parser
+
+FIELDS = ("source_field", "target_field", "text_field")
+"""Keys of `data`, and options, that name the fields of records."""
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,7 +57,8 @@ def build_parser() -> argparse.ArgumentParser:
     what = parser.add_argument_group("what to generate for (default: --split test)").add_mutually_exclusive_group()
     what.add_argument("--split", choices=("test", "valid"), help="of the run's data")
     what.add_argument("--input", metavar="WHERE", help="documents: file (JSON lines, Parquet), folder, glob or hub "
-                      "name, with the fields that the run was trained on; targets may be missing")
+                      "name, with the fields that the run was trained on (or "
+                      "--source_field, ...); targets may be missing")
     what.add_argument("--prompt", metavar="TEXT", help="one source; prints the text, and keeps it with --output only")
     what.add_argument("--fill", metavar="WHERE", help="documents whose targets have gaps, such as <gap:12>")
     what.add_argument("--unconditional", type=int, metavar="N", help="N texts without source, of a model that was "
@@ -63,6 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
                       "that have no source")
     more.add_argument("--limit", type=int, default=0, metavar="N",
                       help="only N documents, spread evenly over the data set (default: all)")
+    for name in FIELDS:
+        more.add_argument(f"--{name}", metavar="NAME", help="in the records of --input and --fill (default: the one of "
+                          f"all corpora in the run's data.train; where they differ, its data.{name})")
     more.add_argument("--output", type=Path, help="JSON lines (default: in the folder `generations` of the model's or "
                       "run's folder, by the split's or the input's name)")
     more.add_argument("--replace", action="store_true", help="remove texts in the output that another model, other "
@@ -89,6 +97,8 @@ def build_parser() -> argparse.ArgumentParser:
     where.add_argument("--deterministic", action="store_true", help="one document at a time, on one thread of each "
                        "process, with kernels that always give the same bits: slower")
     where.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    where.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto",
+                       help="of weights and activations (default: auto, bf16 on a GPU that computes in it, else fp32)")
     return parser
 
 
@@ -100,7 +110,8 @@ def main() -> None:
     how = chosen_sampling(config, args)
     if args.trace and how.solver == COMPAT:
         raise ConfigError("--trace", f"does not apply to --solver {COMPAT}, which keeps no trace of its steps")
-    writer = Writer(folder, args.device, how.settings(), how.candidates, args.deterministic)
+    args.dtype = inference_dtype(args.dtype, args.device)
+    writer = Writer(folder, args.device, args.dtype, how.settings(), how.candidates, args.deterministic)
     output = args.output or (None if args.prompt is not None else default_output(args))
     known = facts(folder, how, args) if output else {}
     if output and not args.replace:
@@ -142,6 +153,9 @@ def check(args: argparse.Namespace) -> None:
         raise ConfigError("--trace", "does not apply to --fill, and with --prompt needs --output, beside which it lies")
     if args.texts_only and args.unconditional is None:
         raise ConfigError("--texts_only", "only applies to --unconditional")
+    for name in FIELDS:
+        if getattr(args, name) is not None and not (args.input or args.fill):
+            raise ConfigError(f"--{name}", "only applies to documents of your own: --input and --fill")
     if args.limit and (args.prompt is not None or args.unconditional is not None):
         raise ConfigError("--limit", "only applies to documents: --split, --input and --fill")
 
@@ -159,7 +173,8 @@ def chosen_sampling(config: RunConfig, args: argparse.Namespace) -> SampleConfig
 def open_asked(config: RunConfig, vocabulary: Vocabulary, args: argparse.Namespace) -> Asked:
     """What to generate for."""
     data = dataclasses.replace(config.data, vocabulary=str(vocabulary.path),
-                               cache_dir=args.cache_dir or config.data.cache_dir)
+                               cache_dir=args.cache_dir or config.data.cache_dir,
+                               **(asked_fields(config.data, args) if args.input or args.fill else {}))
     config = dataclasses.replace(config, data=data)
     if args.prompt is not None:
         return Prompt(config, vocabulary, args.prompt)
@@ -167,10 +182,22 @@ def open_asked(config: RunConfig, vocabulary: Vocabulary, args: argparse.Namespa
         return Gapped(config, vocabulary, args.fill, args.limit)
     if args.unconditional is not None:
         return Nothing(config, vocabulary, args.unconditional, args.texts_only)
-    where = args.input or getattr(data, args.split)
-    if not where:
+    if args.input:
+        config = dataclasses.replace(config, data=dataclasses.replace(data, test=args.input))
+        return Documents(config, "test", args.limit, targets_needed=False)
+    if not getattr(data, args.split):
         raise DataError(f"the run has no data.{args.split}: give --input")
-    return Documents(config, where, args.limit, targets_needed=not args.input)
+    return Documents(config, args.split, args.limit, targets_needed=True)
+
+
+def asked_fields(data: DataConfig, args: argparse.Namespace) -> dict[str, str]:
+    """Names of the fields of documents that the command line names, by key of `data`: given there, or those of the
+    training corpora, which may have them in tables of their own."""
+    names = {}
+    for name in FIELDS:
+        trained = {getattr(corpus, name) for corpus in data.corpora("train").values()}
+        names[name] = getattr(args, name) or (trained.pop() if len(trained) == 1 else getattr(data, name))
+    return names
 
 
 def facts(folder: Path, how: SampleConfig, args: argparse.Namespace) -> dict:
@@ -180,9 +207,9 @@ def facts(folder: Path, how: SampleConfig, args: argparse.Namespace) -> dict:
     except OSError as error:
         raise CheckpointError(f"{folder}: its weights cannot be read: {error}") from error
     return {"model": str(folder.absolute()), "weights": weights, "settings": dataclasses.asdict(how.settings()),
-            "candidates": how.candidates, "deterministic": args.deterministic, "limit": args.limit,
-            "asked": {name: getattr(args, name) for name in
-                      ("split", "input", "prompt", "fill", "unconditional", "texts_only")}}
+            "candidates": how.candidates, "deterministic": args.deterministic, "dtype": args.dtype,
+            "limit": args.limit, "asked": {name: getattr(args, name) for name in
+                                            ("split", "input", "prompt", "fill", "unconditional", "texts_only")}}
 
 
 def default_output(args: argparse.Namespace) -> Path:

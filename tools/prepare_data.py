@@ -36,14 +36,14 @@ import json
 
 from model.errors import ConfigError
 from tools.command import run
-from tools.preparing.folder import CONFIGURATION, STATISTICS, fill, is_finished, made_with, settings
+from tools.preparing.folder import STATISTICS, fill, is_finished, made_with, settings
 from tools.preparing.lengths import table
 from tools.preparing.recipes import RECIPES
 from tools.preparing.selection import Selection
 from trainer.data.config import DataConfig
 from trainer.data.corpus import find_corpus
 from trainer.data.files import build_once
-from trainer.data.prepare import SPLITS
+from trainer.data.prepare import CONFIGURATION, SPLITS
 from trainer.data.workers import Workers, local_workers, mpi_workers, under_mpi
 from trainer.parser import Parser
 

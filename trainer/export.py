@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -11,12 +12,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from model.config import ModelConfig
 from model.diffusion_lm import DiffusionLM
 from model.moe.parallel import part_of_state
 from trainer.config import RunConfig, to_dict
 from trainer.config_load import from_dict
 from trainer.data.vocabulary import Vocabulary
 from trainer.errors import CheckpointError
+from trainer.kernels import DTYPES
 
 WEIGHTS_FILE, INDEX = "model.safetensors", "model.safetensors.index.json"
 """The file of weights; where there are several, what says which tensor lies in which (Hugging Face's form)."""
@@ -46,12 +49,33 @@ def model_folder(path: Path) -> Path:
     return path / "model" if (path / "model").is_dir() else path
 
 
-def read_model(folder: Path, device: torch.device | str = "cpu") -> tuple[DiffusionLM, Vocabulary, RunConfig]:
-    """The model in evaluation mode, its vocabulary and the configuration of the run that made it."""
+def read_model(folder: Path, device: torch.device | str = "cpu",
+               dtype: str = "fp32") -> tuple[DiffusionLM, Vocabulary, RunConfig]:
+    """The model in evaluation mode, its vocabulary and the configuration of the run that made it.
+
+    dtype: of weights and activations, as `inference_dtype` takes it. Kernels are those that suit the device,
+    whatever the run was trained with: the weights do not depend on them.
+    """
     run, vocabulary = read_description(folder)
-    model = DiffusionLM(run.model)
+    model = DiffusionLM(_with_kernels_of_any_device(run.model))
     load_weights(model, folder)
-    return model.to(device).eval(), vocabulary, run
+    return model.to(device, DTYPES[inference_dtype(dtype, device)]).eval(), vocabulary, run
+
+
+def inference_dtype(dtype: str, device: torch.device | str) -> str:
+    """A key of DTYPES as it is; `auto` as bf16 on a GPU that computes in it, which the fast kernels need, and as fp32
+    elsewhere."""
+    if dtype != "auto":
+        return dtype
+    on_gpu = torch.device(device).type == "cuda"
+    return "bf16" if on_gpu and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def _with_kernels_of_any_device(config: ModelConfig) -> ModelConfig:
+    attention, moe = config.attention, config.moe
+    if attention.backend != "reference":  # which runs everywhere, and alone takes heads of any width
+        attention = replace(attention, backend="auto")
+    return replace(config, attention=attention, moe=replace(moe, backend="auto"))
 
 
 def read_description(folder: Path) -> tuple[RunConfig, Vocabulary]:

@@ -11,11 +11,8 @@ end() { # end CODE WORDS...: the job's last line
 }
 
 # ---- settings; slurm/site.env may set all of them, and NCCL's
-if [ -f slurm/site.env ]; then
-    # shellcheck source=slurm/site.env.example
-    . slurm/site.env
-fi
-python=${PYTHON:-$PWD/.venv/bin/python}
+# shellcheck source=slurm/lib/site.sh
+. slurm/lib/site.sh
 scratch=${NODE_SCRATCH:-/tmp}                      # a disk of the node's own, for what ranks compile
 idle_starts=${MAX_IDLE_STARTS:-3}                  # starts in a row that may add no checkpoint
 retry=${RETRY_FAILURES:-no}                        # yes: queue the job again after an error that a restart may cure
@@ -52,12 +49,12 @@ probe_port=$((10000 + SLURM_JOB_ID % 10000))
 export MASTER_ADDR MASTER_PORT
 
 # ---- requests to save: USR1 to this shell, from SLURM before the limit and on preemption
-asked=''
+asked='' # how many seconds after the start
 interrupted=''
 step=''
 repeater=''
 ask_ranks() {
-    asked=yes
+    asked=${asked:-$SECONDS}
     interrupted=yes
     [ -n "$step" ] && [ -z "$repeater" ] || return 0
     say "USR1: the ranks are asked to save"
@@ -98,6 +95,16 @@ requeue() { # requeue CODE [BAD,...]: without these nodes. CODE is that of a lin
     trap - TERM
     sleep 600 # SLURM ends this script
     exit 75
+}
+requeue_saved() { # what was asked to save is queued again, unless the next attempt would be asked as early
+    local shown limit
+    shown=$(scontrol -o show job "$SLURM_JOB_ID" || true)
+    limit=$(sed -n 's/.* TimeLimit=\([^ ]*\).*/\1/p;q' <<<"$shown")
+    # SLURM sends USR1 at once where the limit is no longer than --signal's time, of which it tells the job nothing.
+    if [ "${asked:-180}" -lt 180 ] && [[ $limit =~ ^00:(0.|10): && $shown == *" PreemptTime=None "* ]]; then
+        end 80 "USR1 came $asked s after the start of a limit of $limit: give sbatch a longer --time, or --signal=B:USR1@60"
+    fi
+    requeue 0
 }
 other_nodes() { # other_nodes BAD,...: whether the partition has enough nodes without them
     local usable excluded
@@ -166,7 +173,7 @@ main() {
         MASTER_PORT=$probe_port probe ranks $((6 * probe_seconds + 60)) --task-epilog="$PWD/slurm/lib/clean.sh" \
             slurm/lib/rank.sh "$python" tools/cluster/rank_probe.py
     fi
-    [ -z "$asked" ] || requeue 0
+    [ -z "$asked" ] || requeue_saved
     say "all nodes passed; training: tail -f $logs/rank-000.log"
     train
 }
@@ -192,7 +199,7 @@ train() {
         stopped) end 0 "saved and stopped as asked: $status" ;;
         requeue)
             say "saved: $status"
-            requeue 0
+            requeue_saved
             ;;
         failed)
             # 1: unforeseen; 90 and above: hang, communication, nodes. 80 to 84 are for the user to mend.

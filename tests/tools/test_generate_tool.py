@@ -1,5 +1,6 @@
 """What texts can be generated for, and that they do not depend on how the work is divided."""
 
+import functools
 import json
 import shutil
 
@@ -9,8 +10,9 @@ from safetensors.torch import load_file, save_file
 
 from tests.tools.converting import call
 from tests.tools.exported import exported_run
-from tools import convert_checkpoint, generate
+from tools import convert_checkpoint, generate, prepare_data
 from tools.generating.identity import resume
+from trainer.export import inference_dtype, read_model
 
 JOINT = {"model__diffusion__conditioning": "joint", "data__draws_per_source": 1, "model__diffusion__infilling": 0.5}
 
@@ -34,6 +36,18 @@ def tool(monkeypatch, capsys):
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def copied(run, folder, **settings):
+    """A copy of a run's model, of whose configuration `settings` are changed, with __ for dots."""
+    shutil.copytree(run / "model", folder / "model")
+    path = folder / "model" / "config.json"
+    facts = json.loads(path.read_text())
+    for key, value in settings.items():
+        *sections, name = key.split("__")
+        functools.reduce(dict.__getitem__, sections, facts["run"])[name] = value
+    path.write_text(json.dumps(facts))
+    return folder
 
 
 @pytest.mark.parametrize("kind", ["cached", "joint"])
@@ -63,6 +77,69 @@ def test_documents_may_lack_targets(runs, tool, tmp_path):
     assert printed == first["text"] + "\n"  # its number is 0 as well
     asked.write_text('{"trg": "bed"}\n')
     assert 'needs fields "src" and "trg"' in tool(runs["cached"], "--input", asked, expect=81)
+
+
+def test_a_split_of_a_prepared_folder_is_the_one_that_is_asked_for(runs, tool, tmp_path):
+    words = []
+    for split, source in (("train", "abc abc"), ("valid", "bad bad"), ("test", "dad dad")):
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps({"src": source, "trg": "bed"}) + "\n")
+        words += [f"--{split}", tmp_path / f"{split}.jsonl"]
+    tool("--vocabulary", runs["cached"] / "model" / "vocabulary.model", *words, "--duplicates", "keep", "--workers", 1,
+         "--out", tmp_path / "prepared", module=prepare_data)
+    prepared = str(tmp_path / "prepared")
+    run = copied(runs["cached"], tmp_path / "run", data__valid=prepared, data__test=prepared)
+    for split, source in (("valid", "bad bad"), ("test", "dad dad")):
+        tool(run, "--split", split)
+        assert [record["source"] for record in read(run / "generations" / f"{split}.jsonl")] == [source]
+
+
+def test_chunks_of_a_text_have_references_of_their_own(runs, tool, tmp_path):
+    text = "abc bad dad cafe bed " * 5
+    asked = tmp_path / "texts.jsonl"
+    asked.write_text(json.dumps({"text": text}) + "\n")
+    tool(runs["joint"], "--input", asked, "--output", tmp_path / "out.jsonl")
+    records = read(tmp_path / "out.jsonl")
+    assert len(records) > 1 and "".join(record["reference"] for record in records) == text
+
+
+def test_fields_are_those_of_the_training_corpora_or_of_the_command_line(runs, tool, tmp_path):
+    papers = {"documents": "papers.jsonl", "source_field": "article", "target_field": "abstract"}
+    one = copied(runs["joint"], tmp_path / "one", data__train={"papers": papers})
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"article": "abc bad", "abstract": "dad <gap:3> cafe"}\n')
+    for kind in ("--input", "--fill"):
+        tool(one, kind, asked, "--output", tmp_path / f"one{kind}.jsonl")
+        assert read(tmp_path / f"one{kind}.jsonl")[0]["source"] == "abc bad"
+    two = copied(runs["joint"], tmp_path / "two", data__train={"papers": papers, "notes": {"documents": "notes.jsonl"}})
+    for kind in ("--input", "--fill"):
+        said = tool(two, kind, asked, "--output", tmp_path / f"two{kind}.jsonl", expect=81)
+        assert "Name its fields by --source_field and --target_field, or --text_field" in said
+        tool(two, kind, asked, "--source_field", "article", "--target_field", "abstract",
+             "--output", tmp_path / f"two{kind}.jsonl")
+        assert read(tmp_path / f"two{kind}.jsonl")[0]["source"] == "abc bad"
+
+
+def test_what_was_trained_with_the_kernels_of_gpus_generates_anywhere(runs, tool, tmp_path):
+    run = copied(runs["cached"], tmp_path, model__attention__backend="flash_attn", model__moe__backend="grouped_mm")
+    assert tool(run, "--prompt", "abc bad") == tool(runs["cached"], "--prompt", "abc bad")
+
+
+def test_half_precision_is_asked_for_and_keeps_counts_whole(runs, tool, tmp_path):
+    half, whole = (read_model(runs["cached"] / "model", dtype=dtype)[0] for dtype in ("bf16", "fp32"))
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert {parameter.dtype for parameter in whole.parameters()} == {torch.float32}
+    assert half.prior_count_V.dtype == torch.int64 and torch.equal(half.prior_count_V, whole.prior_count_V)
+    arguments = [runs["cached"], "--limit", 2, "--output", tmp_path / "out.jsonl"]
+    tool(*arguments, "--dtype", "bf16")
+    assert len(read(tmp_path / "out.jsonl")) == 2
+    assert "other settings (dtype)" in tool(*arguments, "--dtype", "fp32", expect=80)
+
+
+def test_precision_by_itself_is_that_of_the_device(monkeypatch):
+    assert inference_dtype("auto", "cpu") == "fp32" and inference_dtype("fp32", "cuda") == "fp32"
+    for supported, dtype in ((True, "bf16"), (False, "fp32")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation, found=supported: found)
+        assert inference_dtype("auto", "cuda") == dtype
 
 
 def test_gaps_are_filled(runs, tool, tmp_path):
@@ -177,6 +254,7 @@ def test_a_line_that_is_no_text_is_named(runs, tool, tmp_path):
     ("joint", ["--fill", "{file}", "--trace"], 80, "--trace: does not apply to --fill"),
     ("cached", ["--prompt", "a", "--limit", 2], 80, "--limit: only applies"),
     ("cached", ["--texts_only"], 80, "--texts_only: only applies"),
+    ("cached", ["--split", "test", "--text_field", "body"], 80, "--text_field: only applies"),
     ("cached", ["--split", "test", "--prompt", "a"], 80, "not allowed with"),
     ("cached", ["--solver", "diffuseq_v2_compat"], 80, "sample.solver: diffuseq_v2_compat"),
     ("bert", ["--solver", "diffuseq_v2_compat", "--no-clamp", "--trace"], 80, "--trace: does not apply to --solver"),

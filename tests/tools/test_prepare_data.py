@@ -109,6 +109,18 @@ def test_training_refuses_another_vocabulary_than_the_folders(prepare, tmp_path)
         training.prepare(run.data)
 
 
+@pytest.mark.parametrize("named", ["out", "out/valid"])
+def test_a_split_that_is_not_there_or_damaged_is_not_taken_for_documents(prepare, tmp_path, named):
+    out = prepare("--train", write(tmp_path / "train.jsonl", DOCUMENTS), "--valid_percent", "20")
+    run = load(overrides=[f"data.train={out}", f"data.valid={named}", f"data.test={out}", "data.cache_dir=cache"])
+    with pytest.raises(DataError, match=r"^data\.test: .*out has no whole test split: make it with tools/prepare_data"):
+        training.prepare(run.data, splits=("test",))
+    (shard,) = (out / "valid").glob("*.tokens")
+    shard.write_bytes(shard.read_bytes()[:-2])
+    with pytest.raises(DataError, match=r"^data\.valid: out has no whole valid split"):
+        training.prepare(run.data, splits=("valid",))
+
+
 def test_percentages_do_not_depend_on_other_documents(prepare, tmp_path):
     path = write(tmp_path / "all.jsonl", DOCUMENTS)
     out = prepare("--train", path, "--valid_percent", "20", "--test_percent", "10")

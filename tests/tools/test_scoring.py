@@ -14,7 +14,7 @@ from rouge_score import rouge_scorer
 from model.errors import ConfigError
 from tests.trainer.launching import ROOT
 from tools.scoring import answers, baselines, bootstrap, overlap, variety
-from tools.scoring.embeddings import Encoder
+from tools.scoring.embeddings import Encoder, longest_input
 from tools.scoring.systems import score, to_json, to_markdown
 
 RECORDED = json.loads((ROOT / "tests" / "data" / "text_metrics.json").read_text())
@@ -216,23 +216,45 @@ def test_tables():
     assert written["rougeL"] == pytest.approx(100) and written["intervals"]["rougeL"] == pytest.approx([100, 100])
 
 
+POSITIONS = 16
+
+
 @pytest.fixture(scope="module")
 def encoder_folder(tmp_path_factory):
-    from transformers import BertConfig, BertModel, BertTokenizerFast
+    """Makes the folder of a small encoder of a family."""
+    import transformers
 
-    folder = tmp_path_factory.mktemp("encoder")
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefgh"]
-    (folder / "vocab.txt").write_text("\n".join(words))
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    BertModel(BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                         intermediate_size=16, max_position_embeddings=16)).save_pretrained(folder)
-    return folder
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16,
+             "max_position_embeddings": POSITIONS, "pad_token_id": 0}
+    families = {"Bert": sizes, "Roberta": sizes, "MPNet": sizes,
+                "T5": {"d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}}
+
+    def make(family):
+        folder = tmp_path_factory.mktemp(family)
+        (folder / "vocab.txt").write_text("\n".join(words))
+        transformers.BertTokenizerFast(str(folder / "vocab.txt"), model_input_names=["input_ids", "attention_mask"]
+                                       ).save_pretrained(folder)
+        config = getattr(transformers, f"{family}Config")(vocab_size=len(words), **families[family])
+        getattr(transformers, f"{family}Model")(config).save_pretrained(folder)
+        return folder
+    return make
 
 
 def test_similarity_by_an_encoder_on_disk(encoder_folder):
     outputs, references = ["a b c", "a b", "", "a " * 40], [["a b c"], ["g h", "a b"], ["a"], ["a"]]
-    found = score(outputs, references, encoder=Encoder(encoder_folder)).by_document["similarity"]
+    found = score(outputs, references, encoder=Encoder(encoder_folder("Bert"))).by_document["similarity"]
     assert found[:2] == pytest.approx([100, 100], abs=1e-3) and found[2] < 100 and found[3] > 0
+
+
+@pytest.mark.parametrize("family, longest", [("Bert", POSITIONS), ("Roberta", POSITIONS - 1), ("MPNet", POSITIONS - 2),
+                                             ("T5", 512)])
+def test_encoders_are_given_as_many_tokens_as_they_take(encoder_folder, family, longest):
+    encoder = Encoder(encoder_folder(family))
+    assert encoder.longest == longest
+    assert encoder.vector("a " * 600).isfinite().all()
+    encoder.tokenizer.model_max_length = 9
+    assert longest_input(encoder.tokenizer, encoder.model) == 9
 
 
 def test_a_folder_without_encoder_is_refused(tmp_path):

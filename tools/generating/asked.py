@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -47,14 +47,14 @@ class Asked(Protocol):
 
 
 class Documents:
-    """The documents at `where`. limit: so many, spread evenly (0: all). config: with the vocabulary's file.
+    """The documents of a split. limit: so many, spread evenly (0: all). config: with the vocabulary's file.
     targets_needed: whether every document has one. DataError where the documents are not there or faulty."""
 
-    def __init__(self, config: RunConfig, where: str | list[str] | dict, limit: int, targets_needed: bool):
-        data = dataclasses.replace(config.data, test=where)
+    def __init__(self, config: RunConfig, split: str, limit: int, targets_needed: bool):
+        data = config.data
         fields = None if targets_needed else _OptionalTarget(data.source_field, data.target_field, data.text_field)
-        self._data = prepare(data, splits=("test",), progress=True, reader=fields)
-        self._samples, self._cache = self._data.samples("test", draws=1), self._data.caches["test"]
+        self._data = prepare(data, splits=(split,), progress=True, reader=fields)
+        self._samples, self._cache = self._data.samples(split, draws=1), self._data.caches[split]
         self._targets_needed = targets_needed
         self.numbers = evaluation_samples(len(self._samples), limit).tolist()
         self.digest = digest(path for folder in self._cache.folders for path in sorted(folder.iterdir()))
@@ -64,14 +64,24 @@ class Documents:
         return Source(number, self._samples.source(number))
 
     def known(self, number: int) -> dict[str, str]:
-        """Source, and reference if there is one."""
+        """Source, and reference if there is one: of a text without source, the chunk that its number stands for."""
         document = self._samples.document_S[number]
-        source, reference = self._data.vocabulary.decode([self._cache.source(document), self._cache.target(document)])
+        # A pair is one sample, and judged by its whole target; of a text without source every chunk is a sample.
+        paired = self._cache.paired_N[document]
+        target = self._cache.target(document) if paired else self._samples.canvas(number)
+        source, reference = self._data.vocabulary.decode([self._cache.source(document), target])
         return {"source": source, **({"reference": reference} if reference or self._targets_needed else {})}
 
 
 @dataclass(frozen=True)
-class _OptionalTarget(Fields):
+class _AskedFields(Fields):
+    """Fields of documents that the command line names."""
+
+    named_by: ClassVar[str] = "--"
+
+
+@dataclass(frozen=True)
+class _OptionalTarget(_AskedFields):
     """Documents as in training, but of those with a source the target may be missing."""
 
     def document(self, record: object, place: str) -> tuple[str, str]:
@@ -125,7 +135,8 @@ class Gapped:
 
     def __init__(self, config: RunConfig, vocabulary: Vocabulary, where: str, limit: int):
         data = dataclasses.replace(config.data, test=where)
-        corpus = find_corpus(data.corpora("test")["test"], "test", data.cache_dir, "--fill")
+        fields = _AskedFields(data.source_field, data.target_field, data.text_field)
+        corpus = find_corpus(data.corpora("test")["test"], "test", data.cache_dir, "--fill", fields)
         self._texts = [pair for block in corpus.blocks() for pair in zip(*documents(block, corpus.reader), strict=True)]
         self.numbers, self.digest = evaluation_samples(len(self._texts), limit).tolist(), corpus.digest
         self._tasks = {}

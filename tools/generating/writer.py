@@ -25,18 +25,19 @@ from trainer.hardware import use_deterministic_kernels
 class Writer:
     """A model and how to generate with it. Sent to other processes; each loads the model when it first needs it.
 
-    deterministic: with kernels, on one thread, that give the same bits every time.
+    dtype: as `read_model` takes it. deterministic: with kernels, on one thread, that give the same bits every time.
     """
 
     folder: Path
     device: str
+    dtype: str
     settings: SamplerSettings
     candidates: int
     deterministic: bool
 
     def write(self, tasks: Sequence[Source | GappedText]) -> list[dict]:
         """Records of tasks of one kind, all in one forward pass a step."""
-        model, vocabulary, canvas = _load(self.folder, self.device, self.deterministic)
+        model, vocabulary, canvas = _load(self.folder, self.device, self.dtype, self.deterministic)
         device = torch.device(self.device)
         if isinstance(tasks[0], GappedText):
             return list(infill(model, vocabulary, tasks, self.settings, device=device, texts_per_batch=len(tasks)))
@@ -45,18 +46,18 @@ class Writer:
 
     def emergence(self, task: Source) -> dict:
         """How one text emerges."""
-        model, vocabulary, canvas = _load(self.folder, self.device, self.deterministic)
+        model, vocabulary, canvas = _load(self.folder, self.device, self.dtype, self.deterministic)
         return emergence(model, vocabulary, task, canvas, self.settings, device=torch.device(self.device))
 
 
 @functools.cache
-def _load(folder: Path, device: str, deterministic: bool) -> tuple[DiffusionLM, Vocabulary, int]:
+def _load(folder: Path, device: str, dtype: str, deterministic: bool) -> tuple[DiffusionLM, Vocabulary, int]:
     """The model, its vocabulary and the length of its canvas."""
     keep_freed_memory()
     if deterministic:
         torch.set_num_threads(1)
         use_deterministic_kernels()
-    model, vocabulary, run = read_model(folder, device)
+    model, vocabulary, run = read_model(folder, device, dtype)
     return model, vocabulary, run.data.max_target_tokens
 
 

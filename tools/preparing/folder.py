@@ -14,14 +14,14 @@ from tools.preparing.selection import EXACT, NEAR, Selection, fingerprints, join
 from trainer.data.config import DataConfig
 from trainer.data.corpus import Corpus
 from trainer.data.files import write_text_whole, write_whole
-from trainer.data.prepare import SPLITS, VOCABULARY, open_vocabulary
+from trainer.data.prepare import CONFIGURATION, PREPARED_WITH, SPLITS, VOCABULARY, open_vocabulary
 from trainer.data.progress import progress
 from trainer.data.records import Block, texts
 from trainer.data.token_cache import TokenCache, is_token_cache, write_token_cache
 from trainer.data.vocabulary import Vocabulary, vocabulary_model
 from trainer.data.workers import Workers
 
-SETTINGS, STATISTICS, CONFIGURATION = "settings.json", "statistics.json", "data.toml"
+STATISTICS = "statistics.json"
 _SELECTION = "selection.npz"
 
 
@@ -36,7 +36,7 @@ def settings(corpora: Mapping[str, Corpus], selection: Selection, config: DataCo
 def made_with(folder: Path) -> dict | None:
     """The settings of a folder, finished or not; None if it is none of ours."""
     try:
-        return json.loads((folder / SETTINGS).read_text())
+        return json.loads((folder / PREPARED_WITH).read_text())
     except (OSError, ValueError):
         return None
 
@@ -51,7 +51,7 @@ def fill(folder: Path, final: Path, corpora: Mapping[str, Corpus], selection: Se
          workers: Workers) -> None:
     """Makes everything in `folder` that is not there yet; it will be moved to `final`. Raises DataError."""
     folder.mkdir(parents=True, exist_ok=True)
-    _write_json(folder / SETTINGS, settings(corpora, selection, config))
+    _write_json(folder / PREPARED_WITH, settings(corpora, selection, config))
     if not (folder / _SELECTION).exists():
         chosen = _select(corpora, selection, workers)
         write_whole(folder / _SELECTION, lambda handle: np.savez_compressed(handle, **chosen))

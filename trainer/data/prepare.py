@@ -14,10 +14,14 @@ from trainer.data.records import Reader, texts
 from trainer.data.token_cache import TokenCache, is_token_cache, open_token_cache
 from trainer.data.vocabulary import TRAINING_CHARACTERS, Vocabulary, train_vocabulary
 from trainer.data.workers import local_workers
+from trainer.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 VOCABULARY = "vocabulary.model"
 """Name of the vocabulary in a folder of tokenized corpora."""
+
+PREPARED_WITH, CONFIGURATION = "settings.json", "data.toml"
+"""What such a folder says of itself: how tools/prepare_data.py was asked for it, and how to train on it."""
 
 Source = Corpus | Path
 """Documents to tokenize, or the folder of a tokenized corpus."""
@@ -78,18 +82,29 @@ def find_sources(config: DataConfig, split: str, reader: Reader | None = None) -
     sources = []
     for name, corpus in config.corpora(split).items():
         key = f"data.{split}.{name}.documents" if isinstance(getattr(config, split), dict) else f"data.{split}"
-        folder = _tokenized(corpus.documents, split)
+        folder = _tokenized(corpus.documents, split, key)
         sources.append(folder or find_corpus(corpus, split, config.cache_dir, key, reader))
     return sources
 
 
-def _tokenized(documents: str | list[str], split: str) -> Path | None:
-    """The folder of a tokenized corpus, if `documents` is one, or is a folder with one for each split."""
+def _tokenized(documents: str | list[str], split: str, key: str) -> Path | None:
+    """The folder of a tokenized corpus, if `documents` is one, or is a folder with one for each split. DataError for a
+    prepared folder where the one that is meant is missing or damaged: its other files are no documents."""
     if not isinstance(documents, str):
         return None
     path = Path(documents).expanduser()
-    places = (place for folder in (path, REPOSITORY / path) for place in (folder, folder / split))
-    return next((place for place in places if is_token_cache(place)), None)
+    places = [place for folder in (path, REPOSITORY / path) for place in (folder, folder / split)]
+    found = next((place for place in places if is_token_cache(place)), None)
+    for place in places if found is None else ():
+        if place.name in SPLITS and _is_prepared(place.parent):
+            raise DataError(f"{key}: {place.parent} has no whole {place.name} split: make it with "
+                            "tools/prepare_data.py, or name another")
+    return found
+
+
+def _is_prepared(folder: Path) -> bool:
+    """Whether tools/prepare_data.py made it."""
+    return all((folder / name).is_file() for name in (PREPARED_WITH, CONFIGURATION))
 
 
 def open_vocabulary(config: DataConfig, train: list[Source] | None = None) -> Vocabulary:

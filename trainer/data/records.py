@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import compress
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
@@ -57,6 +57,8 @@ class Fields:
     target: str
     text: str
     paired: bool = True
+    named_by: ClassVar[str] = "data."
+    """What stands before source_field, target_field and text_field where the user names them."""
 
     def of(self, names: Iterable[str]) -> Fields:
         """These fields, for a corpus whose first record has fields `names`."""
@@ -86,8 +88,8 @@ class Fields:
 
     def _missing(self, names: Iterable[str]) -> str:
         return (f'needs fields "{self.source}" and "{self.target}", or "{self.text}"; '
-                f"it has {', '.join(sorted(names)) or 'none'}. Name its fields by data.source_field and "
-                "data.target_field, or data.text_field")
+                f"it has {', '.join(sorted(names)) or 'none'}. Name its fields by {self.named_by}source_field and "
+                f"{self.named_by}target_field, or {self.named_by}text_field")
 
 
 _KINDS = {dict: "an object", list: "a list", str: "a string", bool: "true or false", int: "a number",
