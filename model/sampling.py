@@ -146,8 +146,7 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
         z_NE = solver.step(index, z_NE, estimate_NE, fresh_NE)
         still_N = absorbed_at(uniform_N, levels[index + 1], config.diffusion.absorbing)
         # A token that leaves the absorbing state is drawn, then noised: the mean of several would be none of them.
-        drawn_N = torch.searchsorted(probability_NV.cumsum(-1), choice_N[:, None]).squeeze(-1)
-        drawn_NE = rows_VE[drawn_N.clamp(max=config.vocab_size - 1)]
+        drawn_NE = rows_VE[_drawn(probability_NV, choice_N)]
         released_NE = solver.alphas[index + 1] * drawn_NE + solver.sigmas[index + 1] * fresh_NE
         z_NE = torch.where((absorbed_N & ~still_N)[:, None], released_NE, z_NE)
         z_NE, absorbed_N = z_NE.masked_fill(still_N[:, None], 0.0), still_N
@@ -163,6 +162,14 @@ def token_logits(model: DiffusionLM, batch: PackedBatch, z_NE: Tensor, absorbed_
     """
     output, rows_VE = _Network(model, batch, z_NE.device)(z_NE, absorbed_N, log_snr, guess_NE)
     return model.logits(output, rows_VE)
+
+
+def _drawn(probability_NV: Tensor, choice_N: Tensor) -> Tensor:
+    """A token [N] for every row of probabilities, by numbers in [0, 1) that are evenly spread. Probabilities are
+    counted in whole parts of 2^31: their sums are the same in any order, which sums of fractions on a GPU are not."""
+    until_NV = (probability_NV * 2**31).long().cumsum(-1)
+    chosen_N1 = (choice_N.double() * until_NV[:, -1]).long()[:, None]
+    return torch.searchsorted(until_NV, chosen_N1, right=True).squeeze(-1)
 
 
 class _Solver:

@@ -9,7 +9,7 @@ import torch
 from model.diffusion.schedule import alpha_sigma
 from model.errors import ConfigError
 from model.packing import Segment, candidates_batch
-from model.sampling import COMPAT, GRIDS, SOLVERS, SamplerSettings, _Solver, noise_levels, sample
+from model.sampling import COMPAT, GRIDS, SOLVERS, SamplerSettings, _drawn, _Solver, noise_levels, sample
 from tests.model.small import CANVAS, VOCABULARY, small_config, small_model
 from tests.model.test_bert_denoiser import bert_config
 
@@ -207,3 +207,12 @@ def test_gaps_are_filled_around_what_is_given():
         changed = filled.copy()
         changed[place] = 4 + (filled[place] - 3) % (VOCABULARY - 4)
         assert not torch.allclose(fill(changed).estimate_NE[:3], drawn.estimate_NE[:3])
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    probability_V = torch.tensor([0.0, 0.5, 0.0, 0.3, 0.2, 0.0])
+    choice_N = (torch.arange(1000) + 0.5) / 1000
+    drawn_N = _drawn(probability_V.expand(1000, -1), choice_N)
+    assert torch.bincount(drawn_N, minlength=6).tolist() == [0, 500, 0, 300, 200, 0]
+    ends_N = _drawn(probability_V.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
+    assert ends_N.tolist() == [1, 4]  # never one that cannot be

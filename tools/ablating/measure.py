@@ -40,7 +40,7 @@ def main() -> None:
     job = json.loads((folder / "job.json").read_text())
     keep_freed_memory()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, vocabulary, config = read_model(folder / "model", device)
+    model, vocabulary, config = read_model(folder / "model", device, "auto")
     data = prepare(replace(config.data, vocabulary=str(vocabulary.path)), splits=("valid", "test"))
     measured = folder / MEASURES
     measured.mkdir(exist_ok=True)
