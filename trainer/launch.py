@@ -22,11 +22,12 @@ warnings.filterwarnings("ignore", message=r".*torch\.distributed\..* is deprecat
 
 _RANK_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
-    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE"),
 )
-"""Rank, world, rank on this machine, ranks on this machine: of OpenMPI; of a step of SLURM's srun (a batch script is
-none, and has no SLURM_STEP_*); of MPICH and Intel MPI."""
+"""Rank, world, rank on this machine, ranks on this machine: of OpenMPI; of MPICH and Intel MPI; of a step of SLURM's
+srun (a batch script is none, and has no SLURM_STEP_*). SLURM's come last: in a job an mpirun may start its helpers by
+srun, one a machine, whose ranks the ranks then inherit. srun's own PMI names no rank on the machine."""
 _RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", *(names[3] for names in _RANK_VARIABLES))
 """Ranks on this machine, as torchrun, deepspeed and those say it; SLURM's looks like 8(x2)."""
 

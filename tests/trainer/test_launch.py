@@ -10,8 +10,12 @@ from trainer.launch import map_environment, threads_of_a_rank
 
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
+INTEL = {"PMI_RANK": "9", "PMI_SIZE": "16", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "8"}
 SRUN = {"SLURM_PROCID": "9", "SLURM_NTASKS": "64", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "1",
         "SLURM_STEP_TASKS_PER_NODE": "8(x2)", "MASTER_ADDR": "node1", "MASTER_PORT": "20001"}
+ONE_A_MACHINE = {**SRUN, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0",
+                 "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+"""Of the helpers that an mpirun in a job starts by srun."""
 
 
 def mapped(monkeypatch, given: dict[str, str]) -> tuple[str, ...]:
@@ -26,8 +30,9 @@ def mapped(monkeypatch, given: dict[str, str]) -> tuple[str, ...]:
     ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", **SRUN}, ("1", "2", "1", "node1")),  # torchrun under srun
     (OPENMPI, ("3", "4", "1", "127.0.0.1")),
     ({**OPENMPI, "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "MASTER_ADDR": "a"}, ("3", "4", "1", "a")),
-    ({"PMI_RANK": "2", "PMI_SIZE": "4", "MPI_LOCALRANKID": "2", "MPI_LOCALNRANKS": "4"}, ("2", "4", "2", "127.0.0.1")),
+    ({**INTEL, "MPI_LOCALNRANKS": "16"}, ("9", "16", "1", "127.0.0.1")),
     (SRUN, ("9", "16", "1", "node1")),
+    ({**ONE_A_MACHINE, **INTEL}, ("9", "16", "1", "node1")),
     # srun's own PMI names no local rank, and a batch script is no task of a step.
     ({**SRUN, "PMI_RANK": "9", "PMI_SIZE": "16"}, ("9", "16", "1", "node1")),
     ({"SLURM_PROCID": "0", "SLURM_NTASKS": "64", "SLURM_LOCALID": "0"}, ("0", "1", "0", "127.0.0.1")),
@@ -38,6 +43,7 @@ def test_environment(monkeypatch, given, expected):
 
 @pytest.mark.parametrize("given, expected", [
     ({}, 6), ({"LOCAL_SIZE": "2"}, 4), ({"LOCAL_WORLD_SIZE": "1"}, 6), (OPENMPI, 2), (SRUN, 1),
+    ({**ONE_A_MACHINE, **INTEL}, 1),
     ({"LOCAL_SIZE": "64"}, 1)])
 def test_ranks_share_the_cores(monkeypatch, given, expected):
     monkeypatch.setattr(os, "environ", dict(given))
