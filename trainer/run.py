@@ -94,7 +94,7 @@ def leave(error: Exception) -> None:
     """Says once, in one line, what went wrong, and ends this process at once: others may be waiting in a collective,
     and their launcher ends them when it sees the exit code."""
     first, code = failure.report(exit_code_of(error))
-    if first:
+    if first or isinstance(error, launch.NoGPUError):
         if code == ExitCode.UNEXPECTED:
             traceback.print_exception(error)
         print(f"error: {line_of(error)}", file=sys.stderr)

@@ -2,11 +2,13 @@
 
 import os
 
+import deepspeed
 import pytest
 import torch
 
 from model.errors import ConfigError
-from trainer.launch import map_environment, threads_of_a_rank
+from trainer import failure
+from trainer.launch import NoGPUError, Ranks, device_of_rank, map_environment, start, threads_of_a_rank
 
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
@@ -57,3 +59,43 @@ def test_ranks_share_the_cores(monkeypatch, given, expected):
 def test_ranks_on_several_machines_must_know_the_first(monkeypatch, given):
     with pytest.raises(ConfigError, match="MASTER_ADDR"):
         mapped(monkeypatch, given)
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Makes this machine look like one with so many GPUs, and `start` join no ranks; what it asked for, by name."""
+    def seem(count: int, environment: dict[str, str]) -> dict:
+        asked = {}
+        monkeypatch.setattr(os, "environ", dict(environment))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: asked.update(device=device))
+        monkeypatch.setattr(deepspeed, "init_distributed", lambda backend, **more: asked.update(more, backend=backend))
+        monkeypatch.setattr(torch.distributed, "new_group", lambda **more: asked.update(control=more))
+        monkeypatch.setattr(failure, "watch", lambda: None)
+        return asked
+
+    return seem
+
+
+@pytest.mark.parametrize("count, local_rank, environment, expected", [
+    (8, 3, {}, "cuda:3"), (1, 0, {}, "cuda:0"), (1, 3, {}, "cuda:0"), (8, 3, {"DS_ACCELERATOR": "cuda"}, "cuda:3"),
+    (8, 3, {"DS_ACCELERATOR": "cpu"}, "cpu")])
+def test_the_device_of_a_rank(gpus, count, local_rank, environment, expected):
+    gpus(count, environment)
+    assert device_of_rank(local_rank) == torch.device(expected)
+
+
+def test_a_rank_without_a_gpu_says_so(gpus):
+    gpus(4, {})
+    with pytest.raises(NoGPUError, match=r"^LOCAL_RANK: is 4, but this rank sees 4 GPUs: start as many ranks"):
+        device_of_rank(4)
+
+
+@pytest.mark.parametrize("count, index", [(4, "1"), (1, "0")])
+def test_deepspeed_is_told_the_number_of_the_gpu(gpus, count, index):
+    asked = gpus(count, {**OPENMPI, "MASTER_PORT": "20001"})
+    ranks = start()
+    assert isinstance(ranks, Ranks) and (ranks.rank, ranks.world) == (3, 4)
+    assert ranks.device == asked["device"] == torch.device(f"cuda:{index}") and asked["backend"] == "nccl"
+    assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == index
