@@ -30,6 +30,8 @@ srun (a batch script is none, and has no SLURM_STEP_*). SLURM's come last: in a 
 srun, one a machine, whose ranks the ranks then inherit. srun's own PMI names no rank on the machine."""
 _RANKS_HERE = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", *(names[3] for names in _RANK_VARIABLES))
 """Ranks on this machine, as torchrun, deepspeed and those say it; SLURM's looks like 8(x2)."""
+_SHORTEST, _NEVER = timedelta(minutes=10), timedelta(days=7)
+"""Time limits of collectives: the least, and what stands for none."""
 
 
 class NoGPUError(ConfigError):
@@ -97,9 +99,15 @@ def device_of_rank(local_rank: int) -> torch.device:
     return torch.device("cuda", index)
 
 
-def start(timeout_minutes: float = 10.0) -> Ranks:
+def time_limit(hang_minutes: float) -> timedelta:
+    """Of a collective, for a run with this train.hang_minutes: later than its watchdog, which names the culprits."""
+    return max(_SHORTEST, 2 * timedelta(minutes=hang_minutes)) if hang_minutes > 0 else _NEVER
+
+
+def start(limit: timedelta = _SHORTEST) -> Ranks:
     """Joins the process group (NCCL on GPUs, gloo otherwise). Every path of the program ends with `stop`.
 
+    limit: after so long a collective that is not complete fails, in whichever process group.
     NoGPUError as `device_of_rank`; ConfigError where the ranks cannot meet because MASTER_PORT is taken.
     """
     map_environment()
@@ -120,16 +128,20 @@ def start(timeout_minutes: float = 10.0) -> Ranks:
         # DeepSpeed takes the device's number from LOCAL_RANK, which OpenMPI's must then equal.
         names = {"LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK"} & os.environ.keys()
         os.environ.update(dict.fromkeys(names, str(device.index)))
+    # DeepSpeed makes groups of its own, for ZeRO and for experts, and names no limit for them.
+    defaults = torch.distributed.distributed_c10d
+    defaults.default_pg_timeout = defaults.default_pg_nccl_timeout = limit
     try:
-        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False,
-                                   timeout=timedelta(minutes=timeout_minutes))
+        deepspeed.init_distributed("nccl" if cuda else "gloo", auto_mpi_discovery=False, verbose=False, timeout=limit)
     except torch.distributed.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
         raise ConfigError("MASTER_PORT", f"{os.environ['MASTER_PORT']} is taken, probably by another run on this "
                           "machine: give the launcher another --master_port (torchrun: --master-port), or set "
                           "MASTER_PORT") from error
-    control = torch.distributed.new_group(backend="gloo") if cuda else torch.distributed.group.WORLD
+    control = torch.distributed.group.WORLD
+    if cuda:
+        control = torch.distributed.new_group(backend="gloo", timeout=limit)
     failure.watch()
     return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), device, control)
 

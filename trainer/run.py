@@ -54,7 +54,7 @@ def train(args, run, ds) -> None:
     watch_launchers(stop)
     keep_freed_memory()
     flush_denormals()
-    ranks = launch.start(timeout_minutes=max(10.0, 2 * run.train.hang_minutes))  # so that the watchdog is first
+    ranks = launch.start(launch.time_limit(run.train.hang_minutes))
 
     def say(text: str) -> None:
         if ranks.first:

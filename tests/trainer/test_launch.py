@@ -1,6 +1,7 @@
 """One environment from every launcher's."""
 
 import os
+from datetime import timedelta
 
 import deepspeed
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from model.errors import ConfigError
 from trainer import failure
-from trainer.launch import NoGPUError, Ranks, device_of_rank, map_environment, start, threads_of_a_rank
+from trainer.launch import NoGPUError, Ranks, device_of_rank, map_environment, start, threads_of_a_rank, time_limit
 
 OPENMPI = {"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
            "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
@@ -18,6 +19,8 @@ SRUN = {"SLURM_PROCID": "9", "SLURM_NTASKS": "64", "SLURM_STEP_NUM_TASKS": "16",
 ONE_A_MACHINE = {**SRUN, "SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0",
                  "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
 """Of the helpers that an mpirun in a job starts by srun."""
+DEFAULT_LIMITS = ("default_pg_timeout", "default_pg_nccl_timeout")
+"""What PyTorch gives a group for which no limit is named."""
 
 
 def mapped(monkeypatch, given: dict[str, str]) -> tuple[str, ...]:
@@ -73,6 +76,8 @@ def gpus(monkeypatch):
         monkeypatch.setattr(deepspeed, "init_distributed", lambda backend, **more: asked.update(more, backend=backend))
         monkeypatch.setattr(torch.distributed, "new_group", lambda **more: asked.update(control=more))
         monkeypatch.setattr(failure, "watch", lambda: None)
+        for name in DEFAULT_LIMITS:
+            monkeypatch.setattr(torch.distributed.distributed_c10d, name, None)
         return asked
 
     return seem
@@ -99,3 +104,18 @@ def test_deepspeed_is_told_the_number_of_the_gpu(gpus, count, index):
     assert isinstance(ranks, Ranks) and (ranks.rank, ranks.world) == (3, 4)
     assert ranks.device == asked["device"] == torch.device(f"cuda:{index}") and asked["backend"] == "nccl"
     assert os.environ["LOCAL_RANK"] == os.environ["OMPI_COMM_WORLD_LOCAL_RANK"] == index
+
+
+@pytest.mark.parametrize("hang_minutes, minutes", [(10, 20), (45.5, 91), (0.1, 10), (0, 7 * 24 * 60)])
+def test_the_watchdog_comes_before_the_limit_of_every_group(gpus, hang_minutes, minutes):
+    asked, limit = gpus(4, {**OPENMPI, "MASTER_PORT": "20001"}), timedelta(minutes=minutes)
+    start(time_limit(hang_minutes))
+    assert asked["timeout"] == limit and asked["control"] == {"backend": "gloo", "timeout": limit}
+    assert [getattr(torch.distributed.distributed_c10d, name) for name in DEFAULT_LIMITS] == [limit, limit]
+
+
+def test_pytorch_looks_for_the_default_limit_where_it_is_put(monkeypatch):
+    for name in DEFAULT_LIMITS:
+        monkeypatch.setattr(torch.distributed.distributed_c10d, name, timedelta(minutes=77))
+    for backend in ("gloo", "nccl"):
+        assert torch.distributed.distributed_c10d._get_default_timeout(backend) == timedelta(minutes=77)
