@@ -202,9 +202,9 @@ def test_another_model_is_refused_with_the_keys_that_differ(place, halves):
 
 def test_the_optimizers_settings_are_the_configurations_not_the_checkpoints(place, halves):
     origin = halves / "step-00000004"
-    for name, changed in (("as saved", {}), ("decay", {"optim.weight_decay": 10.0}),
-                          ("betas", {"optim.betas": [0, 0]})):
-        codes, printed = place.run(name, resume=origin, changed=changed)
+    for name, changes in (("as saved", {}), ("decay", {"changed": {"optim.weight_decay": 10.0}}),
+                          ("betas", {"changed": {"optim.betas": [0, 0]}}), ("clipping", {"clipping": 1e-3})):
+        codes, printed = place.run(name, resume=origin, **changes)
         assert codes == [0, 0], printed
         assert (place.weights(name) == place.weights("whole")) == (name == "as saved")
 

@@ -20,10 +20,12 @@ class Workplace:
         assert codes == [0] * WORLD, printed
 
     def start(self, name: str, fault, stage: int = 2, world: int = WORLD, steps: int = STEPS,
-              resume: Path | str = "auto", changed: dict | None = None, **settings) -> list:
-        """Processes of all ranks of a run, to be started. settings: of the section `train`; changed: of any."""
+              resume: Path | str = "auto", changed: dict | None = None, clipping: float = 0.5, **settings) -> list:
+        """Processes of all ranks of a run, to be started. settings: of the section `train`; changed: of any;
+        clipping: of the DeepSpeed JSON."""
         settings = {f"train.{key}": value for key, value in {"steps": steps, **settings}.items()}
-        command = command_line(ds_config(self.folder, micro=4 // world, stage=stage), self.folder / name,
+        command = command_line(ds_config(self.folder, micro=4 // world, stage=stage, gradient_clipping=clipping),
+                               self.folder / name,
                                {**self.corpus, "optim.schedule": "constant", **settings, **(changed or {})})
         return start_with_fault(self.launcher, self.folder, [*command, "--resume", str(resume)], world, fault)
 
