@@ -77,14 +77,16 @@ class TrainingRun:
             shard_experts(model, self.expert_group)
         model.init_weights(run.train.seed)
         model.prior_count_V.copy_(torch.from_numpy(samples.canvas_counts()))
-        if folder.init_from is not None:
+        watchdog.beat("resume", 0)
+        found = folder.checkpoint(ranks, self.say)
+        if found is None and folder.init_from is not None:
             load_weights(model, model_folder(folder.init_from))
         self.times = learned_times(run.model.diffusion)
         self.engine = Engine(model, run, ds, ranks)
         self.model = self.engine.model
         self.guard = Guard(run.train.spike_limit)
         watchdog.beat("resume", 0)
-        self.step = self._resume()
+        self.step = self._resume(found)
         if ranks.first:
             stop.watch_folder(folder.path)
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
@@ -324,9 +326,9 @@ class TrainingRun:
             facts["continuation"] = self.continuation
         return facts if self.times is None else facts | {"time_sampling": self.times.state()}
 
-    def _resume(self) -> int:
+    def _resume(self, found: tuple[Path, dict] | None) -> int:
+        """Loads the checkpoint that was found, of `RunFolder.checkpoint`; the step to go on with."""
         self.continuation = None
-        found = self.folder.checkpoint(self.ranks, self.say)
         if found is None:
             return 0
         path, manifest = found

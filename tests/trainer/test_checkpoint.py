@@ -247,6 +247,18 @@ def test_checkpoints_that_say_nothing_of_their_model_are_resumed(place, halves):
     assert place.weights("later version") == place.weights("whole")
 
 
+def test_a_run_that_has_saved_needs_the_model_it_began_with_no_more(place):
+    origin = place.folder / "origin"
+    shutil.copytree(place.folder / "whole" / "model", origin)
+    codes, printed = place.run("tuned", stop_at(3), init_from=origin)
+    assert codes == [0, 0] and place.checkpoints("tuned") == [3], printed
+    shutil.rmtree(origin)
+    codes, printed = place.run("tuned", steps=4, init_from=origin)
+    assert codes == [0, 0] and resumed_from(printed).endswith("step-00000003"), printed
+    codes, printed = place.run("anew", init_from=origin)
+    assert codes == [84, 84] and "origin/model.safetensors cannot be read" in printed
+
+
 def kill_again_and_again(place, name, kills, steps):
     """Starts `name` over and over, killed in each phase `kills` times, then lets it finish."""
     run_dir, rng = place.folder / name, random.Random(1)
