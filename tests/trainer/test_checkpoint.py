@@ -259,6 +259,30 @@ def test_a_run_that_has_saved_needs_the_model_it_began_with_no_more(place):
     assert codes == [84, 84] and "origin/model.safetensors cannot be read" in printed
 
 
+def test_a_vocabulary_that_other_documents_have_changed_is_refused(place):
+    """One trained on the documents has the same size and other ids after some are added; the kept one still fits."""
+    run, documents = place.folder / "grown", place.folder / "grown.jsonl"
+    shutil.copy(place.corpus["data.train"], documents)
+    data = {"data.train": str(documents)}
+    codes, printed = place.run("grown", steps=3, changed=data)
+    assert codes == [0, 0], printed
+    kept = run / "config" / "vocabulary.model"
+    before = kept.read_bytes()
+    with documents.open("a") as file:
+        file.write(json.dumps({"src": "zyxw vuts " * 20, "trg": "zyxw"}) + "\n")
+    codes, printed = place.run("grown", steps=5, changed=data)
+    assert codes == [84, 84] and kept.read_bytes() == before
+    origin = run / "checkpoints" / "step-00000003"
+    assert printed.count(f"error: {origin} was trained with another vocabulary than ") == 1
+    assert printed.count(f"whose ids mean other tokens: set data.vocabulary = {kept}\n") == 1
+    codes, printed = place.run("begun", init_from=run, changed=data)
+    assert codes == [84, 84]
+    assert printed.count(f"error: {run / 'model'} was trained with another vocabulary than ") == 1
+    codes, printed = place.run("grown", steps=5, changed={**data, "data.vocabulary": str(kept)})
+    assert codes == [0, 0] and resumed_from(printed).endswith("step-00000003"), printed
+    assert kept.read_bytes() == before
+
+
 def kill_again_and_again(place, name, kills, steps):
     """Starts `name` over and over, killed in each phase `kills` times, then lets it finish."""
     run_dir, rng = place.folder / name, random.Random(1)
