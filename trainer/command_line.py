@@ -75,7 +75,7 @@ def build_parser() -> argparse.ArgumentParser:
                      "run has saved since (default: auto)")
     run.add_argument("--init_from", type=Path, metavar="FOLDER",
                      help="start from the weights of this finished run or exported model, at step 0 with a "
-                     "fresh optimizer")
+                     "fresh optimizer; not read where there is a checkpoint to resume from")
     run.add_argument("--dry_run", action="store_true",
                      help="print the resolved configuration, sizes, FLOPs, reach, kernels and memory per rank, then "
                      "stop; needs no GPU and opens no document. WORLD_SIZE=N before the command: for N ranks")

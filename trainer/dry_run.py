@@ -10,23 +10,28 @@ import torch
 
 from model.attention.pattern import AttentionPattern
 from model.batch import PackedBatch
+from model.config import ModelConfig
 from model.diffusion_lm import DiffusionLM
+from model.errors import BackendUnavailable
 from model.flops import training_flops
 from model.packing import Segment, pack
 from trainer.config import RunConfig, recomputed_layers, to_toml
 from trainer.ds_config import DSConfig
 from trainer.kernels import DTYPES, chosen_kernels
+from trainer.launch import on_gpus
 from trainer.memory import memory_per_rank, target_share
 
 
 def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
-    """The resolved configuration as text, then sizes, cost, reach, kernels and memory."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    ds.check_device(device)
+    """The resolved configuration as text, then sizes, cost, reach, kernels and memory. The kernels are those of this
+    machine; what it could not train is described as well, for it may be meant for another."""
+    device = "cuda" if on_gpus() else "cpu"
     run = replace(run, model=replace(run.model, vocab_size=run.model.vocab_size or run.data.vocab_size))
     model, dtype = run.model, DTYPES[ds.precision]
+    # Sizes and counts are the same with every backend, and the one that is asked for may not run here.
+    countable = replace(model, attention=replace(model.attention, backend="reference"))
     with torch.device("meta"):
-        network = DiffusionLM(model)
+        network = DiffusionLM(countable)
     total = sum(p.numel() for p in network.parameters())
     experts = sum(p.numel() for name, p in network.named_parameters() if ".moe.experts." in name)
     active = total - experts + experts * model.moe.top_k // model.moe.experts
@@ -45,7 +50,7 @@ def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
         "precision": f"{ds.precision}, ZeRO stage {ds.zero_stage}, clipping at {ds.clipping:g}",
         "log-SNR": "{:.2f} to {:.2f}".format(*model.log_snr_range()) if model.diffusion.schedule == "log_snr"
                    else f"schedule {model.diffusion.schedule}",
-        **chosen_kernels(model, device, dtype),
+        **_kernels(model, device, dtype),
         **_expert_parallelism(run, ds, dtype),
     }
     memory = memory_per_rank(run, ds, world, total, experts)
@@ -57,6 +62,14 @@ def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
         table.append("Freed memory is kept for speed, and leaves holes: a process may take half as much again. With "
                      "MALLOC_MMAP_THRESHOLD_=1048576 in the environment it goes back to the system instead.")
     return "\n".join([to_toml(run), *(f"{ds.path}: {notice}" for notice in ds.notices), *lines, *table])
+
+
+def _kernels(model: ModelConfig, device: str, dtype: torch.dtype) -> dict[str, str]:
+    """`chosen_kernels`, or why one that is asked for by name cannot run on this machine."""
+    try:
+        return chosen_kernels(model, device, dtype)
+    except BackendUnavailable as error:
+        return {"kernels": str(error)}
 
 
 def _expert_parallelism(run: RunConfig, ds: DSConfig, dtype: torch.dtype) -> dict[str, str]:

@@ -220,11 +220,14 @@ class Engine:
         where one is kept; otherwise that begins anew, with the weights."""
         own = [{name: value for name, value in group.items() if name != "params"}
                for group in self.optimizer.param_groups]
+        clipping = self.optimizer.clip_grad
         path, _ = self.engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise CheckpointError(f"{folder}: DeepSpeed could not load its state; see its message above")
+        # With the state came the checkpoint's weight decay and betas and, in stages 1 and 2, its clipping.
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(settings)  # the checkpoint's weight decay and betas came with it
+            group.update(settings)
+        self.optimizer.clip_grad = clipping
         state = torch.load(folder / rank_file(self.ranks.rank), map_location=self.ranks.device, weights_only=True)
         anew = bool(self.ema) and not state["ema"]
         self.updates = 0 if anew else state["updates"]

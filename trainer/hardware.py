@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-_DENSE_BF16 = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
+_DENSE_BF16 = {"H200 NVL": 835e12, "H200": 989e12, "H100 NVL": 835e12, "H100 PCIe": 756e12, "H100": 989e12,
+               "A100": 312e12, "B200": 2250e12, "L40S": 362e12}
 """FLOP/s of dense bf16 matrix products, from the makers' data sheets; the first name found in the device's counts."""
 
 

@@ -37,7 +37,7 @@ from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
 from trainer.profiling import Profiler, step_range
 from trainer.randomness import learned_times, training_draw
-from trainer.run_folder import RunFolder, check_model, model_facts, on_first_rank
+from trainer.run_folder import RunFolder, check_model, check_vocabulary, model_facts, on_first_rank
 from trainer.saving import Saving
 from trainer.signals import StopRequest, StopRequested
 from trainer.topology import check_same, topology
@@ -56,8 +56,6 @@ class TrainingRun:
             self.data = prepare(run.data, splits=("train", "valid"), progress=True)
         watchdog.start()  # not earlier: ranks may wait long for the one that prepares
         self.vocabulary = vocabulary = self.data.vocabulary
-        if ranks.first:
-            folder.keep_vocabulary(vocabulary.path)
         self.run = run = replace(run, model=replace(
             run.model, vocab_size=vocabulary.size, pad_id=vocabulary.pad_id, eos_id=vocabulary.eos_id,
             bos_id=vocabulary.bos_id))
@@ -77,15 +75,20 @@ class TrainingRun:
             shard_experts(model, self.expert_group)
         model.init_weights(run.train.seed)
         model.prior_count_V.copy_(torch.from_numpy(samples.canvas_counts()))
-        if folder.init_from is not None:
-            load_weights(model, model_folder(folder.init_from))
+        watchdog.beat("resume", 0)
+        found = folder.checkpoint(ranks, self.say)
+        if found is None and folder.init_from is not None:
+            origin = model_folder(folder.init_from)
+            check_vocabulary(origin, None, [origin], vocabulary)
+            load_weights(model, origin)
         self.times = learned_times(run.model.diffusion)
         self.engine = Engine(model, run, ds, ranks)
         self.model = self.engine.model
         self.guard = Guard(run.train.spike_limit)
         watchdog.beat("resume", 0)
-        self.step = self._resume()
+        self.step = self._resume(found)
         if ranks.first:
+            folder.keep_vocabulary(vocabulary.path)  # once it is known to be that of the checkpoint
             stop.watch_folder(folder.path)
         self.log = MetricsLog(folder.path, self.step, active=ranks.first)
         self.saving = Saving(folder.path, Saver(folder.path, ranks, run.train.keep_last, run.train.keep_every),
@@ -319,19 +322,22 @@ class TrainingRun:
     def _facts(self) -> dict:
         """What a checkpoint's manifest says beside its files."""
         facts = {"topology": topology(self.run, self.ds, self.ranks.world), "guard": self.guard.state(),
-                 "rows_done": self.loader.first_row(self.step), **self.model_facts}
+                 "rows_done": self.loader.first_row(self.step), "vocabulary": self.vocabulary.digest,
+                 **self.model_facts}
         if self.continuation is not None:
             facts["continuation"] = self.continuation
         return facts if self.times is None else facts | {"time_sampling": self.times.state()}
 
-    def _resume(self) -> int:
+    def _resume(self, found: tuple[Path, dict] | None) -> int:
+        """Loads the checkpoint that was found, of `RunFolder.checkpoint`; the step to go on with."""
         self.continuation = None
-        found = self.folder.checkpoint(self.ranks, self.say)
         if found is None:
             return 0
         path, manifest = found
         self.continuation = manifest.get("continuation")
         check_same(path, manifest["topology"], topology(self.run, self.ds, self.ranks.world))
+        check_vocabulary(path, manifest.get("vocabulary"), [path / "config", path.parents[1] / "config"],
+                         self.vocabulary)
         check_model(path, manifest, self.model_facts, self.say)
         if not self.engine.load(path):
             self.say(f"{path} holds no average of the weights: it begins anew, with the weights")

@@ -54,7 +54,7 @@ def train(args, run, ds) -> None:
     watch_launchers(stop)
     keep_freed_memory()
     flush_denormals()
-    ranks = launch.start(timeout_minutes=max(10.0, 2 * run.train.hang_minutes))  # so that the watchdog is first
+    ranks = launch.start(launch.time_limit(run.train.hang_minutes))
 
     def say(text: str) -> None:
         if ranks.first:
@@ -94,7 +94,7 @@ def leave(error: Exception) -> None:
     """Says once, in one line, what went wrong, and ends this process at once: others may be waiting in a collective,
     and their launcher ends them when it sees the exit code."""
     first, code = failure.report(exit_code_of(error))
-    if first:
+    if first or isinstance(error, launch.NoGPUError):
         if code == ExitCode.UNEXPECTED:
             traceback.print_exception(error)
         print(f"error: {line_of(error)}", file=sys.stderr)

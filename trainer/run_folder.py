@@ -30,6 +30,7 @@ from trainer.checkpoint_folder import by_step
 from trainer.config import RunConfig, describe, to_toml
 from trainer.config_load import load
 from trainer.data.files import write_text_whole, write_whole
+from trainer.data.vocabulary import Vocabulary
 from trainer.ds_config import DSConfig
 from trainer.errors import CheckpointError, storage_failure
 from trainer.launch import Ranks
@@ -37,13 +38,15 @@ from trainer.launch import Ranks
 _REPOSITORY = Path(__file__).resolve().parents[1]
 _LOCK_SECONDS = 60
 _ORIGIN = Path("config", "origin.json")
+_VOCABULARY = "vocabulary.model"
 _FREE_TO_CHANGE = ("eval.", "sample.", "data.valid", "data.test", "data.cache_dir", "data.prefetch", "data.workers",
-                   "train.steps", "train.log_every", "train.eval_every", "train.sample_every", "train.save_every",
-                   "train.keep_", "train.max_minutes", "train.activation_checkpointing", "train.deterministic",
-                   "train.async_save", "train.max_skipped", "train.spike_limit", "train.hang_minutes",
-                   "train.profile_", "train.expert_parallel_size")
+                   "data.vocabulary", "train.steps", "train.log_every", "train.eval_every", "train.sample_every",
+                   "train.save_every", "train.keep_", "train.max_minutes", "train.activation_checkpointing",
+                   "train.deterministic", "train.async_save", "train.max_skipped", "train.spike_limit",
+                   "train.hang_minutes", "train.profile_", "train.expert_parallel_size")
 """Keys (by their beginning) that a resumed run may change: they do not alter what a step computes, only whether it is
-applied. The number of steps stretches the learning rate's schedule, and is said aloud."""
+applied. The number of steps stretches the learning rate's schedule, and is said aloud. Whether a vocabulary by another
+name is the same one, `check_vocabulary` sees."""
 
 
 class RunFolder:
@@ -85,7 +88,7 @@ class RunFolder:
 
     def keep_vocabulary(self, vocabulary: Path) -> None:
         """Copies the run's vocabulary to its configuration, so that its checkpoints can be exported anywhere."""
-        write_whole(self.path / "config" / "vocabulary.model", lambda file: file.write(vocabulary.read_bytes()))
+        write_whole(self.path / "config" / _VOCABULARY, lambda file: file.write(vocabulary.read_bytes()))
 
     @contextmanager
     def kept(self) -> Iterator[None]:
@@ -195,6 +198,23 @@ def check_model(path: Path, manifest: dict, here: dict, say: Callable[[str], Non
                               "it as it was saved, or begin a new run without --resume")
     for name, (old, new) in changed.items():
         say(f"resuming with {name} = {new!r} (was {old!r})")
+
+
+def check_vocabulary(weights: Path, digest: str | None, folders: list[Path], vocabulary: Vocabulary) -> None:
+    """Refuses, with CheckpointError, to go on with the weights at a path in another vocabulary than their own, whose
+    ids mean other tokens.
+
+    digest: of their own; None where nothing says it, as in manifests of earlier versions. It is then that of the first
+    vocabulary kept in one of the `folders`, and where none is, nothing is refused.
+    """
+    paths = [folder / _VOCABULARY for folder in folders]
+    kept = {path: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
+    own = digest or next(iter(kept.values()), None)
+    if own in (None, vocabulary.digest):
+        return
+    place = next((path for path, each in kept.items() if each == own), f"the {_VOCABULARY} that it was trained with")
+    raise CheckpointError(f"{weights} was trained with another vocabulary than {vocabulary.path}, whose ids mean other "
+                          f"tokens: set data.vocabulary = {place}")
 
 
 def on_first_rank(ranks: Ranks, action: Callable[[], Any]) -> Any:

@@ -5,11 +5,13 @@ import threading
 from dataclasses import asdict
 
 import pytest
+import torch
 
 from tools.cluster import node_probe
 from tools.cluster.judge import STAGES, judge_nodes, judge_ranks
 from tools.cluster.node_probe import Mesh
 from tools.cluster.progress import ending, first_failure, status
+from tools.cluster.rank_probe import working_device
 from trainer.data.config import DataConfig
 from trainer.errors import ExitCode
 
@@ -73,6 +75,16 @@ def test_the_node_whose_rank_falls_behind_is_bad():
     assert judge_ranks(PLAN, broken) == {"c": [("collectives", "does not come through device (rank 5: no GPU)")]}
     stuck = [*good, *passed("c", 5, 3)]  # all ranks in the same collective: no node alone is to blame
     assert judge_ranks(PLAN, stuck).keys() == set(NODES)
+
+
+def test_ranks_are_probed_on_the_cpu_where_they_will_train_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert working_device(3, gpus=8) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("DS_ACCELERATOR")
+    with pytest.raises(RuntimeError, match="PyTorch finds no GPU"):
+        working_device(3, gpus=8)
 
 
 @pytest.fixture

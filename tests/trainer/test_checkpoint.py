@@ -202,9 +202,9 @@ def test_another_model_is_refused_with_the_keys_that_differ(place, halves):
 
 def test_the_optimizers_settings_are_the_configurations_not_the_checkpoints(place, halves):
     origin = halves / "step-00000004"
-    for name, changed in (("as saved", {}), ("decay", {"optim.weight_decay": 10.0}),
-                          ("betas", {"optim.betas": [0, 0]})):
-        codes, printed = place.run(name, resume=origin, changed=changed)
+    for name, changes in (("as saved", {}), ("decay", {"changed": {"optim.weight_decay": 10.0}}),
+                          ("betas", {"changed": {"optim.betas": [0, 0]}}), ("clipping", {"clipping": 1e-3})):
+        codes, printed = place.run(name, resume=origin, **changes)
         assert codes == [0, 0], printed
         assert (place.weights(name) == place.weights("whole")) == (name == "as saved")
 
@@ -245,6 +245,42 @@ def test_checkpoints_that_say_nothing_of_their_model_are_resumed(place, halves):
     codes, printed = place.run("later version", resume=folder)
     assert codes == [0, 0] and resumed_from(printed) == str(folder), printed
     assert place.weights("later version") == place.weights("whole")
+
+
+def test_a_run_that_has_saved_needs_the_model_it_began_with_no_more(place):
+    origin = place.folder / "origin"
+    shutil.copytree(place.folder / "whole" / "model", origin)
+    codes, printed = place.run("tuned", stop_at(3), init_from=origin)
+    assert codes == [0, 0] and place.checkpoints("tuned") == [3], printed
+    shutil.rmtree(origin)
+    codes, printed = place.run("tuned", steps=4, init_from=origin)
+    assert codes == [0, 0] and resumed_from(printed).endswith("step-00000003"), printed
+    codes, printed = place.run("anew", init_from=origin)
+    assert codes == [84, 84] and "origin/model.safetensors cannot be read" in printed
+
+
+def test_a_vocabulary_that_other_documents_have_changed_is_refused(place):
+    """One trained on the documents has the same size and other ids after some are added; the kept one still fits."""
+    run, documents = place.folder / "grown", place.folder / "grown.jsonl"
+    shutil.copy(place.corpus["data.train"], documents)
+    data = {"data.train": str(documents)}
+    codes, printed = place.run("grown", steps=3, changed=data)
+    assert codes == [0, 0], printed
+    kept = run / "config" / "vocabulary.model"
+    before = kept.read_bytes()
+    with documents.open("a") as file:
+        file.write(json.dumps({"src": "zyxw vuts " * 20, "trg": "zyxw"}) + "\n")
+    codes, printed = place.run("grown", steps=5, changed=data)
+    assert codes == [84, 84] and kept.read_bytes() == before
+    origin = run / "checkpoints" / "step-00000003"
+    assert printed.count(f"error: {origin} was trained with another vocabulary than ") == 1
+    assert printed.count(f"whose ids mean other tokens: set data.vocabulary = {kept}\n") == 1
+    codes, printed = place.run("begun", init_from=run, changed=data)
+    assert codes == [84, 84]
+    assert printed.count(f"error: {run / 'model'} was trained with another vocabulary than ") == 1
+    codes, printed = place.run("grown", steps=5, changed={**data, "data.vocabulary": str(kept)})
+    assert codes == [0, 0] and resumed_from(printed).endswith("step-00000003"), printed
+    assert kept.read_bytes() == before
 
 
 def kill_again_and_again(place, name, kills, steps):

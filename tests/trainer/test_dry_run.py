@@ -30,11 +30,19 @@ CONFIGS = sorted(ROOT.glob("ds_configs/*.json"))
 
 @pytest.mark.parametrize("ds", CONFIGS, ids=lambda path: path.stem)
 @pytest.mark.parametrize("preset", PRESETS)
-def test_every_preset_with_every_deepspeed_json(preset, ds, monkeypatch):
-    ds = load_ds_config(ds)
-    monkeypatch.setattr(type(ds), "check_device", lambda *_: None)  # offload is for GPUs
-    text = describe_run(load(preset), ds, world=8)
+def test_every_preset_with_every_deepspeed_json(preset, ds):
+    text = describe_run(load(preset), load_ds_config(ds), world=8)
     assert all(word in text for word in ("parameters:", "FLOPs:", "reach:", "attention:", "memory of a rank of 8"))
+
+
+def test_what_only_a_gpu_can_train_is_described_without_one(tmp_path, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    ds = load_ds_config(ds_config(tmp_path, fp16={"enabled": True}))
+    text = describe_run(load("tiny", overrides=["train.profile_steps=2-3", "train.profile_memory=true"]), ds, world=2)
+    assert "precision:     fp16" in text and "\nattention:" in text
+    for backend in ("model.attention.backend=torch_flash", "model.moe.backend=megablocks"):
+        text, key = describe_run(load("tiny", overrides=[backend]), ds, world=2), backend.partition("=")[0]
+        assert f"\nkernels:       {key}: '" in text and "memory of a rank of 2" in text
 
 
 @pytest.mark.parametrize("recipe", ["diffuseq", "moe_diffuseq"])

@@ -29,3 +29,11 @@ def test_denormal_numbers_become_zero_in_this_thread_and_those_it_starts():
 def test_the_processor_has_a_name_and_no_peak_is_claimed_for_it():
     assert processor().strip()
     assert peak_flops(torch.device("cpu"), torch.float32) is None
+
+
+@pytest.mark.parametrize("name, peak", [
+    ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA H100 NVL", 835e12),
+    ("NVIDIA H200", 989e12), ("NVIDIA H200 NVL", 835e12), ("NVIDIA A100-SXM4-80GB", 312e12), ("Tesla T4", None)])
+def test_a_card_has_the_peak_of_its_own_form(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda", 0), torch.bfloat16) == peak

@@ -1,11 +1,16 @@
 """What a run's folder says of the run, and which configuration it may go on with."""
 
+import hashlib
 import os
+from types import SimpleNamespace
+
+import pytest
 
 from tests.trainer.launching import ds_config
 from trainer.config_load import load
 from trainer.ds_config import load_ds_config
-from trainer.run_folder import RunFolder
+from trainer.errors import CheckpointError
+from trainer.run_folder import RunFolder, check_vocabulary
 
 
 def open_folder(tmp_path, *settings) -> list[str]:
@@ -35,3 +40,27 @@ def test_the_configuration_is_never_half_written(tmp_path):
     assert {name: (tmp_path / name).read_text() for name in before} == before
     assert (config / "run.toml").read_text() != before["run.toml"]
     assert {path.name for path in config.iterdir()} == before.keys()
+
+
+def test_a_vocabulary_is_held_against_that_of_the_weights(tmp_path):
+    weights, empty, keeps = tmp_path / "step-00000001", tmp_path / "empty", tmp_path / "keeps"
+    keeps.mkdir()
+    (keeps / "vocabulary.model").write_bytes(b"ours")
+    ours, other = (SimpleNamespace(path=f"{content}.model", digest=hashlib.sha256(content.encode()).hexdigest())
+                   for content in ("ours", "other"))
+    for digest, folders in ((ours.digest, [empty]), (ours.digest, [keeps]), (None, [empty, keeps])):
+        check_vocabulary(weights, digest, folders, ours)
+        with pytest.raises(CheckpointError, match=r"step-00000001 was trained with another .* other\.model") as refused:
+            check_vocabulary(weights, digest, folders, other)
+        place = keeps / "vocabulary.model" if keeps in folders else "the vocabulary.model that it was trained with"
+        assert str(refused.value).endswith(f": set data.vocabulary = {place}")
+    check_vocabulary(weights, None, [empty], other)  # of an earlier version, and nothing says what it was
+    with pytest.raises(CheckpointError, match=r"= the vocabulary\.model that it was trained with"):
+        check_vocabulary(weights, other.digest, [keeps], ours)  # another one has taken its place
+
+
+def test_a_vocabulary_may_be_named_in_place_of_the_one_that_was_trained(tmp_path):
+    open_folder(tmp_path)
+    (tmp_path / "run" / "checkpoints" / "step-00000001").mkdir(parents=True)
+    assert open_folder(tmp_path, "data.vocabulary=kept.model") == [
+        "resuming with data.vocabulary = 'kept.model' (was 'train')"]

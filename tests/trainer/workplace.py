@@ -20,12 +20,16 @@ class Workplace:
         assert codes == [0] * WORLD, printed
 
     def start(self, name: str, fault, stage: int = 2, world: int = WORLD, steps: int = STEPS,
-              resume: Path | str = "auto", changed: dict | None = None, **settings) -> list:
-        """Processes of all ranks of a run, to be started. settings: of the section `train`; changed: of any."""
+              resume: Path | str = "auto", changed: dict | None = None, clipping: float = 0.5,
+              init_from: Path | None = None, **settings) -> list:
+        """Processes of all ranks of a run, to be started. settings: of the section `train`; changed: of any;
+        clipping: of the DeepSpeed JSON."""
         settings = {f"train.{key}": value for key, value in {"steps": steps, **settings}.items()}
-        command = command_line(ds_config(self.folder, micro=4 // world, stage=stage), self.folder / name,
+        command = command_line(ds_config(self.folder, micro=4 // world, stage=stage, gradient_clipping=clipping),
+                               self.folder / name,
                                {**self.corpus, "optim.schedule": "constant", **settings, **(changed or {})})
-        return start_with_fault(self.launcher, self.folder, [*command, "--resume", str(resume)], world, fault)
+        command += ["--resume", str(resume)] + (["--init_from", str(init_from)] if init_from else [])
+        return start_with_fault(self.launcher, self.folder, command, world, fault)
 
     def run(self, name: str, fault=nothing, **settings) -> tuple[list[int], str]:
         """Exit codes of all ranks of a run, and what they printed."""

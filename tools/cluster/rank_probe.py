@@ -23,7 +23,7 @@ from functools import partial
 import torch
 import torch.distributed as dist
 
-from trainer.launch import map_environment
+from trainer.launch import device_of_rank, map_environment
 
 STAGES = ("device", "store", "group", "all_reduce", "all_to_all")
 _ELEMENTS = 1 << 20
@@ -45,14 +45,12 @@ def stage(name: str, place: dict, seconds: float) -> Iterator[None]:
 
 def working_device(local_rank: int, gpus: int) -> torch.device:
     """This rank's device, after a product of matrices with an exact result."""
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
+    device = device_of_rank(local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     elif gpus and os.environ.get("DS_ACCELERATOR") != "cpu":
         raise RuntimeError("PyTorch finds no GPU (its build, the driver or CUDA_VISIBLE_DEVICES); to train on CPUs "
                            "export DS_ACCELERATOR=cpu")
-    else:
-        device = torch.device("cpu")
     side = 8192 if device.type == "cuda" else 256
     ones = torch.ones(side, side, device=device)
     if not bool((ones @ ones == side).all()):

@@ -52,7 +52,8 @@ class PackedLoader:
     accumulation * world; within it, micro-batch a of rank r takes the rows from (a * world + r) *
     rows_per_micro_batch on. So a step is a function of (samples, seed, s) and of G: whatever the world size,
     the global batch is the same, and to resume exactly nothing needs to be saved but the step and its first row.
-    `resume` with these makes a run go on with the next row even where G has changed.
+    `resume` with these makes a run go on with the next row even where G has changed,
+    which the trainer refuses (`trainer/topology.py`).
 
     source_dropout, infilling: how often a sample loses its source, or is given parts of its target
     (`trainer/data/tasks.py`).
