@@ -17,6 +17,8 @@ from tests.trainer.launching import SMALL
 
 DS_CONFIG = {"train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.5, "zero_optimization": {"stage": 2}}
 GOOD = '{"src": "bad cafe", "trg": "bead"}\n'
+OTHER = "".join(json.dumps({"src": f"{word} {word[::-1]}", "trg": word}) + "\n" for word in (
+    "quick", "jumps", "vexing", "zebra", "fjord", "waltz", "nymph", "glyph", "sphinx", "quartz", "vow", "judge"))
 
 
 @dataclass(frozen=True)
@@ -304,6 +306,9 @@ MISTAKES = [
             "directory", 81, set=("data.vocabulary=none.model",)),
     Mistake("Data", "a vocabulary of another kind", "my.model: is not a sentencepiece model", 81,
             set=("data.vocabulary=my.model",), files={"my.model": "words"}),
+    Mistake("Data", "a prepared folder without the split", "data.train: made has no whole train split: make it with "
+            "tools/prepare_data.py, or name another", 81, set=("data.train=made",),
+            files={"made/settings.json": "{}", "made/data.toml": ""}),
     Mistake("Data", "a cache folder that cannot be written", "data.cache_dir: taken cannot be written: File exists. "
             "Make room, or give another folder", 80,
             set=("data.cache_dir=taken",), files={"taken": ""}, ranks=BOTH),
@@ -343,6 +348,10 @@ MISTAKES = [
             resumes=True),
     Mistake("Checkpoints", "a start from a folder without a model", "empty/model.safetensors cannot be read: …", 84,
             arguments=("--init_from", "empty"), files={"empty/readme.txt": ""}),
+    Mistake("Checkpoints", "a start from a model in another vocabulary", "run/model was trained with another "
+            "vocabulary than …, whose ids mean other tokens: set data.vocabulary = run/model/vocabulary.model", 84,
+            arguments=("--init_from", "run", "--run_dir", "new"), resumes=True,
+            files={"train.jsonl": OTHER}),
     Mistake("Checkpoints", "a start from a model of another shape", "run/model/model.safetensors does not fit this "
             "model: …", 84, arguments=("--init_from", "run", "--run_dir", "new"), set=("model.width=64",),
             resumes=True),
