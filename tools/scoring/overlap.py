@@ -73,7 +73,7 @@ def bleu_counts(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> 
 def bleu_of(counts: np.ndarray) -> float:
     """`corpus_bleu` of the documents whose rows of `bleu_counts` were added up to `counts` [10]."""
     matches, totals, (words, wanted) = counts[:4].tolist(), counts[4:8].tolist(), counts[8:].tolist()
-    return sacrebleu.BLEU.compute_bleu(matches, totals, words, wanted).score
+    return sacrebleu.BLEU.compute_bleu(matches, totals, words, wanted, smooth_method="exp").score
 
 
 def sentence_bleu_mean(outputs: Sequence[str], references: Sequence[Sequence[str]]) -> float:
