@@ -40,10 +40,12 @@ GRIDS = ("time", "log_snr")
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """solver: a name of SOLVERS, or COMPAT, which knows no grid, temperature, guidance and clamp. steps: noise levels
+    """solver: a name of SOLVERS, or COMPAT, which knows of steps and seed only. steps: noise levels
     that are visited, one network evaluation each (two with guidance). grid: levels evenly spaced in the schedule's
     `time` or in `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens;
-    1 for a model that predicts embeddings (loss = mse), whose mean is its prediction itself.
+    1 for a model that predicts embeddings (loss = mse), whose mean is its prediction itself. end_temperature: of the
+    chance that a text ends at a token, for a model that is not trained on filler (loss_over = text): sharpened as much
+    as the words, the end token, which is among the likelier ones wherever little is known, ends texts early.
     guidance: w of classifier-free guidance, free + w * (conditional - free) on the prediction (Ho & Salimans 2022,
     arXiv 2207.12598); 1 is none. clamp: replace the mean by the nearest token's embedding (rounding)."""
 
@@ -51,6 +53,7 @@ class SamplerSettings:
     steps: int = 20
     grid: str = "time"
     temperature: float = 1.0
+    end_temperature: float = 1.0
     guidance: float = 1.0
     clamp: bool = False
     seed: int = 0
@@ -68,12 +71,16 @@ class SamplerSettings:
         if self.temperature != 1 and config.diffusion.loss == "mse":
             raise ConfigError("sample.temperature", f"is {self.temperature}, which sharpens predicted tokens, but "
                               "with model.diffusion.loss = mse the model predicts embeddings: set it to 1")
+        if self.end_temperature != 1 and config.diffusion.loss_over != "text":
+            raise ConfigError("sample.end_temperature", f"is {self.end_temperature}, but with "
+                              f"model.diffusion.loss_over = {config.diffusion.loss_over} the model predicts what "
+                              "follows a text's end like everything else: set it to 1")
         if self.solver != COMPAT:
             return
         if config.network != "bert":
             raise ConfigError("sample.solver", f"{COMPAT} repeats what the original does with its own network: set "
                               f"model.network to bert, or choose one of {', '.join(SOLVERS)}")
-        for name in ("grid", "temperature", "guidance", "clamp"):
+        for name in ("grid", "temperature", "end_temperature", "guidance", "clamp"):
             default = getattr(SamplerSettings, name)
             if getattr(self, name) != default:
                 raise ConfigError(f"sample.{name}", f"is {str(getattr(self, name)).lower()}, which {COMPAT} knows "
@@ -130,7 +137,7 @@ def sample(model: DiffusionLM, batch: PackedBatch, settings: SamplerSettings, *,
             output = torch.lerp(free_network(z_NE, absorbed_N, levels[index], estimate_NE)[0], output,
                                 settings.guidance)
         logits_NV = canvases.without_early_end(model.logits(output, rows_VE))
-        probability_NV = (logits_NV / settings.temperature).softmax(-1)
+        probability_NV = _probability(logits_NV, settings, config)
         if settings.clamp:
             nearest_N = probability_NV.argmax(-1) if model.predicts_tokens else nearest_row(output, rows_VE)
             estimate_NE = rows_VE[nearest_N]
@@ -162,6 +169,17 @@ def token_logits(model: DiffusionLM, batch: PackedBatch, z_NE: Tensor, absorbed_
     """
     output, rows_VE = _Network(model, batch, z_NE.device)(z_NE, absorbed_N, log_snr, guess_NE)
     return model.logits(output, rows_VE)
+
+
+def _probability(logits_NV: Tensor, settings: SamplerSettings, config: ModelConfig) -> Tensor:
+    """Tokens' probabilities [N, V] at the settings' temperatures: the end's at its own, the others' in what is left."""
+    sharpened_NV = logits_NV / settings.temperature
+    if config.diffusion.loss_over != "text" or settings.end_temperature == settings.temperature:
+        return sharpened_NV.softmax(-1)
+    is_end_V = torch.arange(config.vocab_size, device=logits_NV.device) == config.eos_id
+    end_N1 = (logits_NV / settings.end_temperature).softmax(-1)[:, is_end_V]
+    words_NV = sharpened_NV.masked_fill(is_end_V, -torch.inf).softmax(-1)
+    return torch.where(is_end_V, end_N1, (1 - end_N1) * words_NV)
 
 
 def _drawn(probability_NV: Tensor, choice_N: Tensor) -> Tensor:

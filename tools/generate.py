@@ -84,6 +84,8 @@ def build_parser() -> argparse.ArgumentParser:
     how.add_argument("--grid", choices=GRIDS, help="where those levels lie: evenly in this")
     how.add_argument("--temperature", type=float, help="below 1 sharpens each prediction, which must be "
                      "of tokens (model.diffusion.loss = cross_entropy)")
+    how.add_argument("--end_temperature", type=float, help="the same for the chance that a text ends: below 1 texts "
+                     "that the model is unsure of end early, others more to the point")
     how.add_argument("--guidance", type=float, help="scale of classifier-free guidance; 1 is none")
     how.add_argument("--candidates", type=int, metavar="N",
                      help="of N texts for each source, the one that minimum Bayes risk chooses")

@@ -126,6 +126,9 @@ class SampleConfig:
     temperature: float = 1.0
     """Divides the logits of every prediction; below 1 sharpens it. Must be 1 with model.diffusion.loss = mse, where
     embeddings are predicted."""
+    end_temperature: float = 1.0
+    """The same for the chance that a text ends at a token, which decides how long texts are. At the temperature of the
+    words, texts of which a model knows little end early. Must be 1 unless model.diffusion.loss_over = text."""
     guidance: float = 1.0
     """Scale of classifier-free guidance: above 1 moves each prediction away from that without a source. 1: none.
     Only for a model trained with model.diffusion.source_dropout."""
@@ -181,7 +184,8 @@ class RunConfig:
                     "train.log_every": t.log_every, "train.max_skipped": t.max_skipped,
                     "train.expert_parallel_size": t.expert_parallel_size,
                     "sample.steps": s.steps, "sample.candidates": s.candidates,
-                    "sample.temperature": s.temperature, "eval.documents": self.eval.documents,
+                    "sample.temperature": s.temperature, "sample.end_temperature": s.end_temperature,
+                    "eval.documents": self.eval.documents,
                     "eval.noise_levels": self.eval.noise_levels, "sample.documents": s.documents}
         for key, value in positive.items():
             need(value > 0, key, f"must be positive, not {value}")

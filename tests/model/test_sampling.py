@@ -9,7 +9,7 @@ import torch
 from model.diffusion.schedule import alpha_sigma
 from model.errors import ConfigError
 from model.packing import Segment, candidates_batch
-from model.sampling import COMPAT, GRIDS, SOLVERS, SamplerSettings, _drawn, _Solver, noise_levels, sample
+from model.sampling import COMPAT, GRIDS, SOLVERS, SamplerSettings, _drawn, _probability, _Solver, noise_levels, sample
 from tests.model.small import CANVAS, VOCABULARY, small_config, small_model
 from tests.model.test_bert_denoiser import bert_config
 
@@ -216,3 +216,24 @@ def test_tokens_are_drawn_as_often_as_they_are_likely():
     assert torch.bincount(drawn_N, minlength=6).tolist() == [0, 500, 0, 300, 200, 0]
     ends_N = _drawn(probability_V.expand(2, -1), torch.tensor([0.0, 1 - 2**-24]))
     assert ends_N.tolist() == [1, 4]  # never one that cannot be
+
+
+def test_words_are_sharpened_and_the_chance_of_an_end_is_not():
+    config = small_config()
+    logits_NV = torch.randn(5, VOCABULARY, generator=torch.Generator().manual_seed(0))
+    is_word_V = torch.arange(VOCABULARY) != config.eos_id
+    found_NV = _probability(logits_NV, SamplerSettings(temperature=0.25), config)
+    torch.testing.assert_close(found_NV[:, config.eos_id], logits_NV.softmax(-1)[:, config.eos_id])
+    words_NV = (4 * logits_NV[:, is_word_V]).softmax(-1)
+    torch.testing.assert_close(found_NV[:, is_word_V] / found_NV[:, is_word_V].sum(-1, keepdim=True), words_NV)
+    torch.testing.assert_close(found_NV.sum(-1), torch.ones(5))
+    alike = SamplerSettings(temperature=0.25, end_temperature=0.25)
+    torch.testing.assert_close(_probability(logits_NV, alike, config), (4 * logits_NV).softmax(-1))
+    logits_NV[0, config.eos_id] = -torch.inf  # ruled out where a given token follows
+    assert _probability(logits_NV, SamplerSettings(temperature=0.25), config)[0, config.eos_id] == 0
+
+
+def test_the_ends_own_temperature_is_refused_where_filler_is_predicted():
+    with pytest.raises(ConfigError, match="what follows a text's end") as error:
+        SamplerSettings(end_temperature=0.5).check(small_config(loss_over="canvas"))
+    assert error.value.key == "sample.end_temperature"

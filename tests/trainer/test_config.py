@@ -174,7 +174,8 @@ def test_missing_file(tmp_path):
     ("eval.noise_levels=0", "eval.noise_levels"), ("sample.solver=dpm", "sample.solver"),
     ("sample.grid=sigma", "sample.grid"), ("sample.guidance=2", "sample.guidance"),
     ("sample.candidates=0", "sample.candidates"),
-    ("sample.temperature=0", "sample.temperature"), ("sample.steps=0", "sample.steps"),
+    ("sample.temperature=0", "sample.temperature"), ("sample.end_temperature=0", "sample.end_temperature"),
+    ("sample.steps=0", "sample.steps"),
     ("model.diffusion.conditioning=joint", "data.draws_per_source"), ("model.width=100", "model.attention.heads"),
     ("data.row_tokens=10", "data.row_tokens"),
 ])

@@ -34,9 +34,9 @@ tokenizer = AutoTokenizer.from_pretrained("{name}", trust_remote_code=True)
 print(model.write(["The text of a document."], tokenizer, seed=0)[0])
 ```
 
-`write` takes `solver`, `steps`, `grid`, `temperature`, `guidance`, `clamp` and `seed`, by default as the run had them;
-`draw` takes and gives token ids; calling the model is one denoising. What a model writes can be wrong, and is as biased
-as the texts that it was trained on.
+`write` takes `solver`, `steps`, `grid`, `temperature`, `end_temperature`, `guidance`, `clamp` and `seed`, by default as
+the run had them; `draw` takes and gives token ids; calling the model is one denoising. What a model writes can be
+wrong, and is as biased as the texts that it was trained on.
 
 The code in this folder is under the Apache License 2.0 (`LICENSE-code`).
 """

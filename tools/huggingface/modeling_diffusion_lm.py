@@ -86,8 +86,8 @@ class DiffusionLMModel(PreTrainedModel):
         """Token ids [C, L] of a target for each of C sources, on the CPU; </s> and what stands behind it included.
 
         sources: as in `forward`. numbers: what the noise of each is keyed by besides the seed; by default 0, 1, …
-        sampling: fields of SamplerSettings (solver, steps, grid, temperature, guidance, clamp, seed) in place of what
-        the run generates with.
+        sampling: fields of SamplerSettings (solver, steps, grid, temperature, end_temperature, guidance, clamp, seed)
+        in place of what the run generates with.
         """
         numbers = range(len(sources)) if numbers is None else numbers
         batch = self._batch(sources, numbers, self.config.canvas_tokens)
