@@ -40,9 +40,9 @@ GRIDS = ("time", "log_snr")
 
 @dataclass(frozen=True)
 class SamplerSettings:
-    """solver: a name of SOLVERS, or COMPAT, which knows of steps and seed only. steps: noise levels
-    that are visited, one network evaluation each (two with guidance). grid: levels evenly spaced in the schedule's
-    `time` or in `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens;
+    """solver: a name of SOLVERS, or COMPAT, which knows of steps and seed only. steps: noise levels that are visited,
+    one network evaluation each (two with guidance). grid: levels evenly spaced in the schedule's `time` or in
+    `log_snr`. temperature: of the predicted distribution before its mean is taken; below 1 sharpens;
     1 for a model that predicts embeddings (loss = mse), whose mean is its prediction itself. end_temperature: of the
     chance that a text ends at a token, for a model that is not trained on filler (loss_over = text): sharpened as much
     as the words, the end token, which is among the likelier ones wherever little is known, ends texts early.

@@ -149,15 +149,19 @@ class Job:
         config = self.run.config({**self.data, **{f"train.{name}": value for name, value in more.items()}})
         return {key.name: key.default for key in describe(config) if not key.name.startswith(_FREE_TO_CHANGE)}
 
+    def _trained_on(self) -> str:
+        """Digest of the training documents."""
+        return digest([Path(self.data["data.train"])])
+
     def _trained_digest(self) -> str:
         """Of all that the cell's speed depends on."""
-        settings = json.dumps(self._trained_settings(), default=str) + digest([Path(self.data["data.train"])])
+        settings = json.dumps(self._trained_settings(), default=str) + self._trained_on()
         return hashlib.sha256(settings.encode()).hexdigest()
 
     def _describe(self) -> None:
         """Writes job.json, which measure.py reads; ConfigError where the folder was trained otherwise."""
         config, description = self.folder / "config" / "run.toml", self.folder / "job.json"
-        trained_on = digest([Path(self.data["data.train"])])
+        trained_on = self._trained_on()
         if config.exists():
             before = {key.name: key.default for key in describe(load(file=config))}
             now = self._trained_settings(seed=self.run.seed, steps=self.steps)

@@ -31,9 +31,6 @@ def write(results: dict, folder: Path, name: str) -> Path:
     for data in results["sets"]:
         parts.append(f"## {data['name']}\n\n{data['documents']} test documents." if len(results["sets"]) > 1
                      else f"{data['name']}: {data['documents']} test documents.")
-        if not data["rows"]:
-            parts.append("No run is finished.")
-            continue
         parts += [table(results, data), _levels(data), differences(data)]
         for place, drawing in enumerate(_drawings(results, data)):
             file = folder / f"{name}-{data['name']}-{place}.svg"

@@ -65,9 +65,8 @@ def collect(grid: Grid, jobs: Sequence[Job], command: str) -> dict:
 
 
 def _common_levels(jobs: Sequence[Job]) -> list[int]:
-    """Places in ACCURACIES of the levels that all models which were measured reach; means over others would not
-    compare."""
-    found = [levels for job in jobs if (levels := job.levels()) is not None]
+    """Places in ACCURACIES of the levels that all models reach; means over others would not compare."""
+    found = [job.levels() for job in jobs]
     return [place for place in range(len(ACCURACIES)) if all(each["log_snr"][place] is not None for each in found)]
 
 
