@@ -109,7 +109,7 @@ def origin(part: str) -> dict:
                                                                  if (version := _version(name))}}}
 
 
-_TRAINED = ("ds_configs/*.json", "data/proposals/*")
+_TRAINED = ("ds_configs/*.json", "data/proposals/*.gz")
 _ALSO = {"step": ("benchmarks/original.py",), "resume": ("tests/trainer/*.py",), "balance": _TRAINED, "data": _TRAINED,
          "scaling": _TRAINED}
 """Part -> what else its figures depend on."""
@@ -122,7 +122,7 @@ def fingerprint(part: str) -> str:
     files += [ROOT / "requirements.txt"]
     files += [path for pattern in _ALSO.get(part, ()) for path in sorted(ROOT.glob(pattern))]
     digest = hashlib.sha256()
-    for path in filter(Path.exists, files):
+    for path in filter(Path.is_file, files):
         digest.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

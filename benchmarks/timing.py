@@ -11,8 +11,10 @@ from typing import NamedTuple
 from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], object]
-WARM_UPS = 2
-"""Runs before the clock counts: the second still asks the system for memory, as freed blocks fit into others."""
+WARM_UPS, MOST_WARM_UPS = 2, 6
+SETTLED = 0.01
+"""Share of a turn's CPU time in the system. While it is greater, contenders still ask for memory, because blocks that
+one of them freed fit into another's: no part of what a run costs from its second step on."""
 
 
 class Spread(NamedTuple):
@@ -48,10 +50,15 @@ class Times(dict[str, list[float]]):
 
 
 def take_turns(runs: Mapping[str, Run], repeats: int, *, clock: Callable[[], float] = time.process_time) -> Times:
-    """Runs every contender `WARM_UPS` times, then `repeats` times, one after the other. The clock is CPU time, which is
-    wall time on an idle machine and says more on a busy one."""
-    for run in (*runs.values(),) * WARM_UPS:
-        run()
+    """Runs every contender at least `WARM_UPS` times, until their memory is settled, then `repeats` times, one after
+    the other. The clock is CPU time, which is wall time on an idle machine and says more on a busy one."""
+    for turn in range(1, MOST_WARM_UPS + 1):
+        before = os.times()
+        for run in runs.values():
+            run()
+        user, system = (now - then for now, then in zip(os.times()[:2], before[:2], strict=True))
+        if turn >= WARM_UPS and system <= SETTLED * (user + system):
+            break
     times = Times({name: [] for name in runs})
     for _ in range(repeats):
         for name, run in runs.items():
