@@ -11,6 +11,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from model.transfer import sent
+
 
 @dataclass(frozen=True)
 class TokenLayout:
@@ -66,7 +68,7 @@ class PackedBatch:
         return self.tokens_T.numel()
 
     def to(self, device: torch.device | str) -> PackedBatch:
-        moved = {f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)
+        moved = {f.name: sent(getattr(self, f.name), device) for f in fields(self)
                  if isinstance(getattr(self, f.name), Tensor)}
         return replace(self, **moved)
 

@@ -110,7 +110,10 @@ class BertDenoiser(nn.Module):
         dtype = self.position.dtype
         time_C = self.schedule.step_at(log_snr_C) * (TIME_SCALE / self.config.diffusion.steps)
         time_CD = self.time(time_features(time_C, self.config.time_dim).to(dtype))
-        x_TD = self.up(inputs_TE.to(dtype)) + self.position[plan.position_T] + time_CD[plan.condition_T]
+        x_TD = self.up(inputs_TE.to(dtype))
+        for table, row_T in ((self.position, plan.position_T), (time_CD, plan.condition_T)):
+            # Not by indexing, whose gradient of a row that many tokens share is rounded to bf16 after every token.
+            x_TD = x_TD + nn.functional.embedding(row_T, table)
         x_TD = keyed_dropout(self.norm(x_TD), dropout_T, 0, self.config.dropout)
         for block, attention in zip(self.blocks, plan.attention, strict=True):
             arguments = (x_TD, attention, dropout_T)

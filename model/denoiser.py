@@ -20,9 +20,10 @@ from model.attention.pattern import global_tokens, layer_patterns
 from model.attention.plan import AttentionPlan, build_plan
 from model.batch import TokenLayout
 from model.config import ModelConfig
-from model.layers import ModulatedNorm, NoiseLevelEmbedding, gather_neighbours, neighbour_index
+from model.layers import ModulatedNorm, NoiseLevelEmbedding, gather_neighbours, keyed_uniform, neighbour_index
 from model.moe.layer import MoEAux, MoELayer
 from model.rotary import rotary_tables, rotated_heads
+from model.transfer import sent
 
 SourceCache = list[tuple[Tensor, Tensor]]
 """Rotated keys and values [T_source, H, head_dim] of every layer."""
@@ -51,9 +52,9 @@ class StreamPlan:
         for plan in self.attention:
             if id(plan) not in moved:
                 moved[id(plan)] = plan.to(device)
-        tensors = {name: getattr(self, name).to(device, non_blocking=True)
-                   for name in ("neighbour_TW", "condition_T", "position_T", "is_target_T", "row_T")}
-        last_N = None if self.last_N is None else self.last_N.to(device, non_blocking=True)
+        names = ("neighbour_TW", "condition_T", "position_T", "is_target_T", "row_T")
+        tensors = {name: sent(getattr(self, name), device) for name in names}
+        last_N = None if self.last_N is None else sent(self.last_N, device)
         return StreamPlan(attention=[moved[id(plan)] for plan in self.attention], rows=self.rows, last_N=last_N,
                           **tensors)
 
@@ -116,7 +117,7 @@ class Block(nn.Module):
         self.moe = MoELayer(config.width, config.moe)
 
     def forward(self, x_TD: Tensor, condition_CD: Tensor, rotary: tuple[Tensor, Tensor], plan: StreamPlan,
-                attention_plan: AttentionPlan, source: tuple[Tensor, Tensor] | None, jitter_TD: Tensor | None,
+                attention_plan: AttentionPlan, source: tuple[Tensor, Tensor] | None, jitter_T: Tensor | None,
                 asking_N: Tensor | None) -> tuple[Tensor, tuple[Tensor, Tensor], MoEAux]:
         """asking_N: the tokens that are computed, [N, D] then; of the others only keys and values. All if None."""
         condition_T, row_T = plan.condition_T, plan.row_T
@@ -124,8 +125,9 @@ class Block(nn.Module):
         attended, own = self.attention(normed, rotary, attention_plan, source, asking_N)
         if asking_N is not None:
             x_TD, condition_T, row_T = (each.index_select(0, asking_N) for each in (x_TD, condition_T, row_T))
-            jitter_TD = None if jitter_TD is None else jitter_TD.index_select(0, asking_N)
+            jitter_T = None if jitter_T is None else jitter_T.index_select(0, asking_N)
         x_TD = x_TD + attended
+        jitter_TD = None if jitter_T is None else keyed_uniform(jitter_T, x_TD.shape[1])
         mixed, aux = self.moe(self.moe_norm(x_TD, condition_CD, condition_T), row_T, plan.rows, jitter_TD)
         return x_TD + mixed, own, aux
 
@@ -196,8 +198,9 @@ class Denoiser(nn.Module):
             row_T=row_T[seen], rows=rows, last_N=last_N)
 
     def forward(self, inputs_TE: Tensor, log_snr_C: Tensor, plan: StreamPlan, source_cache: SourceCache | None = None,
-                jitter_LTD: Tensor | None = None) -> tuple[Tensor, SourceCache, list[MoEAux]]:
-        """inputs_TE: the embedding (and the previous estimate, side by side) of every token.
+                jitter_T: Tensor | None = None) -> tuple[Tensor, SourceCache, list[MoEAux]]:
+        """inputs_TE: the embedding (and the previous estimate, side by side) of every token. jitter_T: int64 keys of
+        the routers' jitter, None for none.
 
         Returns hidden states [T, D], of the plan's last_N only if it has one; the stream's own keys and values by
         layer, and what each MoE layer reports.
@@ -207,7 +210,7 @@ class Denoiser(nn.Module):
         for index, block in enumerate(self.blocks):
             arguments = (x_TD, condition_CD, rotary, plan, plan.attention[index],
                          None if source_cache is None else source_cache[index],
-                         None if jitter_LTD is None else jitter_LTD[index],
+                         None if jitter_T is None else jitter_T + index,
                          plan.last_N if block is self.blocks[-1] else None)
             if index in self.recompute and torch.is_grad_enabled():
                 x_TD, own, aux = checkpoint(block, *arguments, use_reentrant=False)

@@ -20,6 +20,7 @@ from model.diffusion.process import NoisyTargets, add_noise, context_free_logits
 from model.diffusion.schedule import NoiseSchedule, alpha_sigma
 from model.moe.layer import MoEAux
 from model.table_cross_entropy import table_cross_entropy
+from model.transfer import sent
 
 
 @dataclass(frozen=True)
@@ -30,27 +31,25 @@ class NoiseDraw:
     noise_NE: standard normal, uniform_N: in [0, 1), both for the N target tokens in packed order.
     embedding_noise_TE: standard normal, for all tokens; None where embeddings are not noised themselves.
     guess_C: True where the copy is trained with a first estimate as second input; None without self-conditioning.
-    jitter_LTD: uniform in [0, 1) for the routers' jitter; None without.
-    dropout_T: int64 keys of what is dropped; None without dropout.
+    jitter_T, dropout_T: int64 keys of the routers' jitter and of what is dropped; None without.
     """
 
     time_C: Tensor
     noise_NE: Tensor
     uniform_N: Tensor
     guess_C: Tensor | None = None
-    jitter_LTD: Tensor | None = None
+    jitter_T: Tensor | None = None
     weight_C: Tensor | None = None
     embedding_noise_TE: Tensor | None = None
     dropout_T: Tensor | None = None
 
     def for_network(self) -> dict[str, Tensor]:
         """What the network itself draws, by the name of its argument."""
-        draws = {"jitter_LTD": self.jitter_LTD, "dropout_T": self.dropout_T}
+        draws = {"jitter_T": self.jitter_T, "dropout_T": self.dropout_T}
         return {name: value for name, value in draws.items() if value is not None}
 
     def to(self, device: torch.device | str) -> NoiseDraw:
-        return replace(self, **{name: value.to(device, non_blocking=True) for name, value in vars(self).items()
-                                if value is not None})
+        return replace(self, **{name: sent(value, device) for name, value in vars(self).items() if value is not None})
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class BatchPlan:
     fraction_J: Tensor
 
     def to(self, device: torch.device | str) -> BatchPlan:
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name != "stream"}
+        moved = {name: sent(value, device) for name, value in vars(self).items() if name != "stream"}
         return BatchPlan(stream=self.stream.to(device), **moved)
 
 
@@ -270,7 +269,7 @@ class DiffusionLM(nn.Module):
     def _noised(self, batch: PackedBatch, plan: BatchPlan, draw: NoiseDraw,
                 rows_VE: Tensor) -> tuple[Tensor, Tensor, NoisyTargets]:
         """Noise level of each copy [C], embeddings [T, E] of all tokens before noising, and the targets noised."""
-        clean_TE = rows_VE[batch.tokens_T]
+        clean_TE = nn.functional.embedding(batch.tokens_T, rows_VE)
         if draw.embedding_noise_TE is not None:
             first = torch.tensor(self.schedule.high, dtype=torch.float64)
             clean_TE = clean_TE + alpha_sigma(first)[1].item() * draw.embedding_noise_TE
@@ -301,8 +300,8 @@ class DiffusionLM(nn.Module):
                                                   **({} if draw is None else draw.for_network()))
         prior = prior_NV
         if scored and self.config.bayes_skip and self.config.diffusion.loss_over == "text":
-            prior = prior_NV[plan.loss_of_target_M]
-        return self._output(hidden_TD[plan.state_S if scored else plan.state_N], prior), cache, experts
+            prior = prior_NV.index_select(0, plan.loss_of_target_M)
+        return self._output(hidden_TD.index_select(0, plan.state_S if scored else plan.state_N), prior), cache, experts
 
     def _inputs(self, noisy: NoisyTargets, rows_VE: Tensor, prior_NV: Tensor | None) -> Tensor:
         """What the network is fed for noisy targets [N, E]; both choices have variance near one."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -94,12 +95,19 @@ def keyed_dropout(x_TD: Tensor, key_T: Tensor | None, site: int, rate: float) ->
     """
     if key_T is None or rate == 0:
         return x_TD
-    channel_D = _GOLDEN * torch.arange(1, x_TD.shape[1] + 1, device=x_TD.device)
     kept_TD = torch.empty(x_TD.shape, dtype=torch.bool, device=x_TD.device)
-    rows = max(1, _CACHED // x_TD.shape[1] if x_TD.device.type == "cpu" else len(x_TD))
-    for kept, key in zip(kept_TD.split(rows), _mix(key_T + site).split(rows), strict=True):
-        torch.ge(_mix(key[:, None] + channel_D), int(rate * 2 ** 64) - 2 ** 63, out=kept)
+    for kept, bits in _with_bits(kept_TD, key_T + site):
+        torch.ge(bits, int(rate * 2 ** 64) - 2 ** 63, out=kept)
     return torch.where(kept_TD, x_TD / (1 - rate), 0)
+
+
+def keyed_uniform(key_T: Tensor, width: int) -> Tensor:
+    """Numbers [T, width] in fp32, uniform in [0, 1), that follow from a token's key and the channel as in
+    `keyed_dropout`."""
+    uniform_TD = torch.empty(len(key_T), width, device=key_T.device)
+    for uniform, bits in _with_bits(uniform_TD, key_T):
+        uniform.copy_((bits >> 40) & (2 ** 24 - 1)).mul_(2 ** -24)
+    return uniform_TD
 
 
 _CACHED = 1 << 18
@@ -107,6 +115,14 @@ _CACHED = 1 << 18
 _GOLDEN = 0x9E3779B97F4A7C15 - 2 ** 64  # SplitMix64's constants as signed numbers; products wrap around
 _MIX_1 = 0xBF58476D1CE4E5B9 - 2 ** 64
 _MIX_2 = 0x94D049BB133111EB - 2 ** 64
+
+
+def _with_bits(out_TD: Tensor, key_T: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Pieces of `out_TD`, each with 64 random bits for every number in it."""
+    channel_D = _GOLDEN * torch.arange(1, out_TD.shape[1] + 1, device=out_TD.device)
+    rows = max(1, _CACHED // out_TD.shape[1] if out_TD.device.type == "cpu" else len(out_TD))
+    for out, key in zip(out_TD.split(rows), _mix(key_T).split(rows), strict=True):
+        yield out, _mix(key[:, None] + channel_D)
 
 
 def _mix(x: Tensor) -> Tensor:

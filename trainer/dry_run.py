@@ -53,11 +53,13 @@ def describe_run(run: RunConfig, ds: DSConfig, world: int) -> str:
         **_kernels(model, device, dtype),
         **_expert_parallelism(run, ds, dtype),
     }
-    memory = memory_per_rank(run, ds, world, total, experts)
+    memory, most = (memory_per_rank(run, ds, world, total, experts, share) for share in (None, 1.0))
     lines = [f"{name + ':':<14} {value}" for name, value in facts.items()]
-    table = ["", f"memory of a rank of {world} (estimated; activations for a micro-batch of full rows)",
+    table = ["", f"memory of a rank of {world} (estimated; activations for full rows of the longest documents)",
              *(f"  {name:<24} {size / 2**30:9.3f} GiB" for name, size in memory.items()),
-             f"  {'in all':<24} {sum(memory.values()) / 2**30:9.3f} GiB"]
+             f"  {'in all':<24} {sum(memory.values()) / 2**30:9.3f} GiB",
+             f"  {'in all, at most':<24} {sum(most.values()) / 2**30:9.3f} GiB, where sources are so short that rows "
+             "are nearly all target"]
     if device == "cpu":
         table.append("Freed memory is kept for speed, and leaves holes: a process may take half as much again. With "
                      "MALLOC_MMAP_THRESHOLD_=1048576 in the environment it goes back to the system instead.")

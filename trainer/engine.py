@@ -228,7 +228,7 @@ class Engine:
         for group, settings in zip(self.optimizer.param_groups, own, strict=True):
             group.update(settings)
         self.optimizer.clip_grad = clipping
-        state = torch.load(folder / rank_file(self.ranks.rank), map_location=self.ranks.device, weights_only=True)
+        state = torch.load(folder / rank_file(self.ranks.rank), map_location="cpu", weights_only=True)
         anew = bool(self.ema) and not state["ema"]
         self.updates = 0 if anew else state["updates"]
         if self.ema:

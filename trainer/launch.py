@@ -115,8 +115,8 @@ def start(limit: timedelta = _SHORTEST) -> Ranks:
     cuda = device.type == "cuda"
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(threads_of_a_rank())
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(threads_of_a_rank())
     import deepspeed
 
     if not cuda:

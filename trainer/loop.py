@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from model.batch import PackedBatch
-from model.diffusion_lm import BatchPlan, DiffusionLM
+from model.diffusion_lm import BatchPlan, DiffusionLM, NoiseDraw
 from model.flops import training_flops
 from model.moe.parallel import ExpertGroup
 from trainer.checkpoint import Saver
@@ -36,7 +36,7 @@ from trainer.hardware import peak_flops, use_deterministic_kernels
 from trainer.launch import Ranks
 from trainer.metrics import MetricsLog, StepMetrics
 from trainer.profiling import Profiler, step_range
-from trainer.randomness import learned_times, training_draw
+from trainer.randomness import at_learned_times, learned_times, training_draw
 from trainer.run_folder import RunFolder, check_model, check_vocabulary, model_facts, on_first_rank
 from trainer.saving import Saving
 from trainer.signals import StopRequest, StopRequested
@@ -136,9 +136,10 @@ class TrainingRun:
             self.folder.mark("done" if finished else stopped, self.step, self.stop.reason)
         return finished
 
-    def _planned(self, batch: PackedBatch) -> tuple[PackedBatch, BatchPlan]:
-        """A micro-batch with its plan, which takes the CPU a good part of a GPU's time for the step."""
-        return batch, self.model.prepare(batch, device=self.ranks.device, dtype=self.engine.dtype)
+    def _planned(self, step: int, batch: PackedBatch) -> tuple[PackedBatch, BatchPlan, NoiseDraw]:
+        """A micro-batch with its plan and noise, which take the CPU a good part of a GPU's time for the step."""
+        plan = self.model.prepare(batch, device=self.ranks.device, dtype=self.engine.dtype)
+        return batch, plan, training_draw(batch, self.run.model, self.run.train.seed, step)
 
     def _due(self, every: int) -> bool:
         return every > 0 and (self.step % every == 0 or self.step == self.run.train.steps)
@@ -146,16 +147,15 @@ class TrainingRun:
     def _train_step(self, info: StepInfo, micro_batches: list) -> bool:
         """One step, after which `self.step` is one higher and `self.stopping` up to date. Returns whether a rank was
         asked to save."""
-        seed, device = self.run.train.seed, self.ranks.device
+        device = self.ranks.device
         measured = torch.zeros((), dtype=torch.float64, device=device)
         self.watchdog.beat("train", self.step + 1)
         self.profiler.before(self.step + 1)
         seconds = 0.0
-        for index, (batch, plan) in enumerate(micro_batches):
+        for index, (batch, plan, draw) in enumerate(micro_batches):
             began = time.perf_counter()
-            plan = plan.to(device)
-            draw = training_draw(batch, self.run.model, seed, self.step, self.times).to(device)
-            batch = batch.to(device)
+            draw = draw if self.times is None else at_learned_times(draw, self.times)
+            batch, plan, draw = batch.to(device), plan.to(device), draw.to(device)
             sent = self.expert_group.sent_bytes
             report = self.engine.forward(batch, plan, draw, info.loss_tokens, info.tokens, info.target_tokens)
             seconds += time.perf_counter() - began

@@ -9,19 +9,20 @@ from trainer.ds_config import DSConfig
 _BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 
 
-def memory_per_rank(run: RunConfig, ds: DSConfig, world: int, parameters: int, experts: int) -> dict[str, float]:
+def memory_per_rank(run: RunConfig, ds: DSConfig, world: int, parameters: int, experts: int,
+                    share: float | None = None) -> dict[str, float]:
     """Part -> bytes on the device of each of `world` ranks; with CPU offload the optimizer's parts are the host's.
 
     experts: how many of the `parameters` are routed experts'. Of those a rank holds its share only, and ZeRO
     partitions that over the ranks with the same share: the partitions are as large as without expert parallelism.
-    Activations are those of evenly used experts.
+    Activations are those of evenly used experts. share: of target tokens in a row, that of `target_share` if None.
     """
     size = _BYTES[ds.precision]
     shard = parameters / world
     held = parameters - experts + experts / run.train.expert_parallel_size
     where = " (host)" if ds.offload_optimizer else ""
     tokens = ds.micro_batch * run.data.row_tokens
-    targets = tokens * target_share(run)
+    targets = tokens * (target_share(run) if share is None else share)
     return {
         "parameters": size * (shard if ds.zero_stage == 3 else held),
         "gradients": size * (held if ds.zero_stage == 1 else shard),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from enum import IntEnum
 
 import torch
@@ -33,9 +34,8 @@ def learned_times(config: DiffusionConfig) -> AdaptiveTime | LossSecondMoment | 
     return LossSecondMoment(config.steps) if config.time_sampling == "loss_second_moment" else None
 
 
-def training_draw(batch: PackedBatch, config: ModelConfig, seed: int, step: int,
-                  times: AdaptiveTime | LossSecondMoment | None = None) -> NoiseDraw:
-    """Time, noise, absorption and self-conditioning of every noised copy, on the CPU. times: of `learned_times`."""
+def training_draw(batch: PackedBatch, config: ModelConfig, seed: int, step: int) -> NoiseDraw:
+    """Time, noise, absorption and self-conditioning of every noised copy, on the CPU."""
     stratified = config.diffusion.time_sampling in ("stratified", "adaptive")
     stratum_C = batch.stratum_C.tolist()
     drawn, guesses = [], []
@@ -48,20 +48,24 @@ def training_draw(batch: PackedBatch, config: ModelConfig, seed: int, step: int,
         guesses.append(coin < config.diffusion.self_conditioning)
 
     noise_NE, uniform_N = _token_noise(batch, config, (Stream.COPY, seed, step), one_copy)
-    time_C, weight_C = torch.tensor(drawn), None
-    if times is not None:
-        time_C = times.draw(time_C)
-        weight_C = times.weights(time_C)
+
+    def keys(count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.empty(count, dtype=torch.int64).random_(generator=generator)
+
     return NoiseDraw(
-        time_C=time_C, weight_C=weight_C, noise_NE=noise_NE, uniform_N=uniform_N,
+        time_C=torch.tensor(drawn), noise_NE=noise_NE, uniform_N=uniform_N,
         guess_C=torch.tensor(guesses) if config.diffusion.self_conditioning > 0 else None,
-        jitter_LTD=_jitter(batch, config, seed, step) if config.moe.jitter > 0 else None,
+        jitter_T=_every_token(batch, (Stream.JITTER, seed, step), keys) if config.moe.jitter > 0 else None,
         embedding_noise_TE=_every_token(
             batch, (Stream.EMBEDDING, seed, step), lambda count, generator: torch.randn(
                 count, config.embed_dim, generator=generator)) if config.diffusion.embedding_noise else None,
-        dropout_T=_every_token(
-            batch, (Stream.DROPOUT, seed, step), lambda count, generator: torch.empty(
-                count, dtype=torch.int64).random_(generator=generator)) if config.dropout > 0 else None)
+        dropout_T=_every_token(batch, (Stream.DROPOUT, seed, step), keys) if config.dropout > 0 else None)
+
+
+def at_learned_times(draw: NoiseDraw, times: AdaptiveTime | LossSecondMoment) -> NoiseDraw:
+    """The draw at the times, and with the weights, that `times` (of `learned_times`) makes of its even ones."""
+    time_C = times.draw(draw.time_C)
+    return replace(draw, time_C=time_C, weight_C=times.weights(time_C))
 
 
 def evaluation_draw(batch: PackedBatch, config: ModelConfig, time_C: torch.Tensor, seed: int) -> NoiseDraw:
@@ -98,17 +102,6 @@ def _every_token(batch: PackedBatch, key: tuple[int, ...],
     in_order = torch.empty_like(made)
     in_order[place_T] = made
     return in_order
-
-
-def _jitter(batch: PackedBatch, config: ModelConfig, seed: int, step: int) -> torch.Tensor:
-    """Uniform numbers [layers, T, D] in [0, 1): one stream a document, its tokens in packed order."""
-    jitter_LTD = torch.empty(config.layers, len(batch), config.width)
-    for document in range(batch.documents):
-        at = (batch.document_T == document).nonzero().flatten()
-        sample = int(batch.sample_C[batch.copy_T[at[0]]])
-        generator = keyed_generator(Stream.JITTER, seed, step, sample)
-        jitter_LTD[:, at] = torch.rand(config.layers, at.numel(), config.width, generator=generator)
-    return jitter_LTD
 
 
 def random_states(device: torch.device) -> dict[str, torch.Tensor]:

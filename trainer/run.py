@@ -11,6 +11,10 @@ import importlib.util  # noqa: E402
 import os  # noqa: E402
 import traceback  # noqa: E402
 
+if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+    # Segments that grow keep row lengths that vary from fragmenting a GPU's memory. PyTorch reads it once.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
 from trainer.errors import ExitCode, LostRankError, exit_code_of, line_of  # noqa: E402
 
 if importlib.util.find_spec("torch") is None:

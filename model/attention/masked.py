@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model.attention.reference import dense_backward, dense_forward
-from model.attention.segments import Segments
+from model.attention.segments import Segments, lse_dtype
+from model.transfer import sent
 
 BLOCK = 64
 
@@ -48,8 +49,7 @@ class MaskedBlocks:
         return cls(torch.cat(query_BC), torch.cat(slot_Q), torch.cat(key_BG), torch.cat(mask_HBCG, dim=1))
 
     def to(self, device: torch.device | str) -> MaskedBlocks:
-        return MaskedBlocks(*(x.to(device, non_blocking=True)
-                              for x in (self.query_BC, self.slot_Q, self.key_BG, self.mask_HBCG)))
+        return MaskedBlocks(*(sent(x, device) for x in (self.query_BC, self.slot_Q, self.key_BG, self.mask_HBCG)))
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         q_HBCK, k_HBGK, v_HBGK = self._queries(q), self._keys(k), self._keys(v)
@@ -76,5 +76,7 @@ class MaskedBlocks:
         return x_HBCK.flatten(1, 2)[:, self.slot_Q].transpose(0, 1)
 
     def _sum_keys(self, x_HBGK: Tensor, like: Tensor) -> Tensor:
-        """[H, B, G, K] -> [N, H, K]."""
-        return torch.zeros_like(like).index_add_(0, self.key_BG.flatten(), x_HBGK.permute(1, 2, 0, 3).flatten(0, 1))
+        """[H, B, G, K] -> [N, H, K], in fp32 at least: a key has a term of every block of its document."""
+        dtype = lse_dtype(like.dtype)
+        total = torch.zeros(like.shape, dtype=dtype, device=like.device)
+        return total.index_add_(0, self.key_BG.flatten(), x_HBGK.permute(1, 2, 0, 3).flatten(0, 1).to(dtype))

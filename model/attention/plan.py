@@ -29,6 +29,7 @@ from model.attention.pattern import MAX_SCATTERED_GLOBALS, AttentionPattern
 from model.attention.segments import Kernel, Segments
 from model.batch import TokenLayout
 from model.errors import ConfigError
+from model.transfer import sent
 
 Rows = slice | Tensor
 """Rows of a tensor: a slice where they are consecutive (a view, no copy), otherwise distinct int64 indices."""
@@ -267,4 +268,4 @@ def _count(rows: Rows) -> int:
 
 
 def _move(rows: Rows, device: torch.device | str) -> Rows:
-    return rows if isinstance(rows, slice) else rows.to(device, non_blocking=True)
+    return rows if isinstance(rows, slice) else sent(rows, device)

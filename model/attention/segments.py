@@ -8,6 +8,8 @@ from typing import Protocol, Self
 import torch
 from torch import Tensor
 
+from model.transfer import sent
+
 
 @dataclass(frozen=True)
 class Segments:
@@ -33,8 +35,7 @@ class Segments:
                    int(length_q_S.max()), int(length_k_S.max()), window, masks_S)
 
     def to(self, device: torch.device | str) -> Segments:
-        return replace(self, cu_q_S=self.cu_q_S.to(device, non_blocking=True),
-                       cu_k_S=self.cu_k_S.to(device, non_blocking=True))
+        return replace(self, cu_q_S=sent(self.cu_q_S, device), cu_k_S=sent(self.cu_k_S, device))
 
 
 class Kernel(Protocol):

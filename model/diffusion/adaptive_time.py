@@ -65,7 +65,6 @@ class AdaptiveTime:
         """Learns from what was measured in one step, all of the global batch."""
         self.sums_2S = _DECAY * self.sums_2S + sums_2S.cpu()
 
-
     def state(self) -> list:
         """Everything that a checkpoint must keep, ready for JSON."""
         return self.sums_2S.tolist()

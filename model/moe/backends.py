@@ -6,8 +6,8 @@ A backend is a module with two functions:
     run(x_ND, counts_E, experts) -> y_ND
 
 `x_ND` holds the N tokens sorted by expert, `counts_E` (integer, on x's device, summing to N) how many belong
-to each expert, `experts` the module that owns `w1`, `w2`, `w3`. Row n of `y_ND` is its expert's output. N and
-any count may be 0; weights that were not used then get a gradient of zeros. Kernel packages are imported
+to each expert, `experts` the module that owns `w1`, `w2`, `w3`. Row n of `y_ND` is its expert's output. N is at
+least 1, but any count may be 0; weights that were not used then get a gradient of zeros. Kernel packages are imported
 inside these functions only.
 
 It may have its own `sort_by_expert`, `scatter_to_experts` and `gather_from_experts` in place of those of

@@ -6,6 +6,7 @@ from types import ModuleType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx
 
 from model.keyed_random import keyed_generator
 from model.moe.backends import BACKENDS, choose_backend, dispatch_of
@@ -49,4 +50,20 @@ class Experts(nn.Module):
 
     def forward(self, x_ND: Tensor, counts_E: Tensor) -> Tensor:
         """x_ND: tokens sorted by expert; counts_E: integer, how many of each. Returns y_ND in x's dtype."""
+        if not len(x_ND):
+            return _NoTokens.apply(x_ND, *self.parameters())
         return BACKENDS[self.chosen(x_ND.device)].run(x_ND.to(self.w1.dtype), counts_E, self).to(x_ND.dtype)
+
+
+class _NoTokens(torch.autograd.Function):
+    """What a rank does whose experts got no token, since grouped products refuse to be asked for nothing. The weights,
+    saved themselves and not as views that ZeRO-3 could not free, have a gradient of zeros."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, x_0D: Tensor, *weights: Tensor) -> Tensor:
+        ctx.save_for_backward(*weights)
+        return x_0D.clone()
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_0D: Tensor) -> tuple[Tensor, ...]:
+        return grad_0D, *(torch.zeros_like(weight) for weight in ctx.saved_tensors)

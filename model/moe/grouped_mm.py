@@ -45,8 +45,7 @@ def run(x_ND: Tensor, counts_E: Tensor, experts: Experts) -> Tensor:
 
 
 def row_major(x_ND: Tensor) -> Tensor:
-    """Not `contiguous`, which leaves an expanded tensor of no rows as it is; the kernel refuses its
-    strides."""
+    """Not `contiguous`, which leaves an expanded tensor of one row as it is; the kernel refuses its strides."""
     if x_ND.stride() == (x_ND.shape[1], 1):
         return x_ND
     return x_ND.clone(memory_format=torch.contiguous_format)
@@ -66,11 +65,17 @@ class _GroupedMLP(torch.autograd.Function):
         grad_ND = row_major(grad_ND)
         hidden_grad_NF = grouped_mm(grad_ND, w2_EFD.mT, offs=ends_E)
         h_NF, gate_grad_NF, up_grad_NF = hidden_backward(hidden_grad_NF, gate_NF, up_NF)
-        w2_grad_EFD = grouped_mm(h_NF.mT, grad_ND, offs=ends_E)
-        w1_grad_EFD = grouped_mm(gate_grad_NF.mT, x_ND, offs=ends_E)
+        unused_E11 = (ends_E.diff(prepend=ends_E.new_zeros(1)) == 0)[:, None, None]
+
+        def weight_gradient(left_NA: Tensor, right_NB: Tensor) -> Tensor:
+            # On Blackwell the product of no rows was seen to be whatever stood in memory (pytorch issue 172439).
+            return grouped_mm(left_NA.mT, right_NB, offs=ends_E).masked_fill_(unused_E11, 0)
+
+        w2_grad_EFD = weight_gradient(h_NF, grad_ND)
+        w1_grad_EFD = weight_gradient(gate_grad_NF, x_ND)
         x_grad_ND = grouped_mm(gate_grad_NF, w1_EFD, offs=ends_E)
         w3_grad_EFD = None
         if up_grad_NF is not None:
-            w3_grad_EFD = grouped_mm(up_grad_NF.mT, x_ND, offs=ends_E)
+            w3_grad_EFD = weight_gradient(up_grad_NF, x_ND)
             x_grad_ND += grouped_mm(up_grad_NF, w3_EFD, offs=ends_E)
         return x_grad_ND, w1_grad_EFD, w2_grad_EFD, w3_grad_EFD, None

@@ -4,6 +4,7 @@ matrix products; imported when first asked for.
 It works on our parameters, whose layout is its own, without a copy; router, losses and the scale of gradients stay
 ours, so that neither its module-global lists of losses nor its `gradient_scale` has a part here. Two of its parts are
 compiled, `megablocks_ops` and `grouped_gemm`; where one is not installed, `model/moe/stand_ins/` has it in PyTorch.
+Its gather waits for the GPU, once forward and once backward in each layer, to read the number of its rows.
 """
 
 from __future__ import annotations

@@ -9,8 +9,6 @@ export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}
 export PYTHONUNBUFFERED=1
 # A crash in native code leaves the Python stack in the rank's log.
 export PYTHONFAULTHANDLER=1
-# Segments that grow keep row lengths that vary from fragmenting the GPU's memory.
-export PYTORCH_ALLOC_CONF=${PYTORCH_ALLOC_CONF:-expandable_segments:True}
 
 # NCCL says what went wrong; INFO, for one run, also says which network it takes.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}

@@ -11,9 +11,9 @@ from model.diffusion.loss_second_moment import LossSecondMoment
 from model.diffusion_lm import DiffusionLM
 from model.errors import ConfigError
 from model.flops import forward_flops, training_flops
-from model.layers import keyed_dropout
+from model.layers import keyed_dropout, keyed_uniform
 from tests.model.small import CANVAS, batch_of, small_config, small_model
-from trainer.randomness import evaluation_draw, training_draw
+from trainer.randomness import at_learned_times, evaluation_draw, training_draw
 
 F64 = torch.float64
 
@@ -92,6 +92,16 @@ def test_dropout_follows_from_token_site_and_channel():
     assert torch.equal(keyed_dropout(torch.ones(4, 2), None, 0, 0.9), torch.ones(4, 2))
 
 
+def test_uniform_numbers_follow_from_token_and_channel():
+    key_T = torch.empty(3000, dtype=torch.int64).random_(generator=torch.Generator().manual_seed(0))
+    uniform = keyed_uniform(key_T, 64)
+    assert uniform.dtype == torch.float32 and uniform.min() >= 0 and uniform.max() < 1
+    tenths = torch.histc(uniform, 10, 0, 1) / uniform.numel()
+    assert tenths.sub(0.1).abs().max() < 3e-3 and uniform.mean(0).sub(0.5).abs().max() < 0.03
+    assert torch.equal(keyed_uniform(key_T[7:12], 64), uniform[7:12])
+    assert torch.corrcoef(torch.stack((uniform, keyed_uniform(key_T + 1, 64))).flatten(1))[0, 1].abs() < 0.01
+
+
 def test_dropout_and_embedding_noise_are_for_training_alone():
     config, batch = CONFIGS["diffuseq"], batch_of([3, 8])
     draw = training_draw(batch, config, 0, 0)
@@ -160,7 +170,8 @@ def test_losses_are_measured_alike_in_any_division_of_the_batch():
 
     def measured(part: PackedBatch, chosen: list[int]) -> torch.Tensor:
         part = replace(part, stratum_C=torch.tensor(chosen), strata=3)
-        plan, draw = model.prepare(part, device="cpu", dtype=F64), training_draw(part, config, 0, 0, sampler)
+        plan = model.prepare(part, device="cpu", dtype=F64)
+        draw = at_learned_times(training_draw(part, config, 0, 0), sampler)
         return sampler.measure(part, plan, draw, model(part, plan, draw, 1.0, 1.0, 1.0))
 
     whole = measured(batch, [2, 0, 1])

@@ -189,10 +189,13 @@ def test_filler_is_neither_trained_on_nor_predicted():
 
 def test_training_noise_belongs_to_the_sample():
     config = small_config(self_conditioning=0.5)
+    config = replace(config, moe=replace(config.moe, jitter=0.1))
     one = training_draw(replace_strata(batch_of([3, 8, 5], draws=2), 99), config, seed=4, step=7)
     other = training_draw(replace_strata(batch_of([8], draws=2), 99), config, seed=4, step=7)
     assert torch.equal(one.noise_NE[24:48], other.noise_NE) and torch.equal(one.uniform_N[24:48], other.uniform_N)
     assert torch.equal(one.time_C[2:4], other.time_C) and torch.equal(one.guess_C[2:4], other.guess_C)
+    before = len(batch_of([3], draws=2))
+    assert torch.equal(one.jitter_T[before:before + len(other.jitter_T)], other.jitter_T)
     later = training_draw(replace_strata(batch_of([8], draws=2), 99), config, seed=4, step=8)
     assert not torch.equal(later.noise_NE, other.noise_NE)
 

@@ -49,8 +49,8 @@ class NanNoise:
         from trainer import loop
         draw_of = loop.training_draw
 
-        def spoilt(batch, config, seed, step, times):
-            draw = draw_of(batch, config, seed, step, times)
+        def spoilt(batch, config, seed, step):
+            draw = draw_of(batch, config, seed, step)
             if rank == self.rank and step in self.steps:
                 draw.noise_NE.fill_(math.nan)
             return draw

@@ -161,6 +161,12 @@ def test_states_follow_zeros_rules():
         assert (sizes[name]["fp32 copy"], sizes[name]["Adam moments"]) == (1e6, 2e6)
 
 
+def test_rows_of_short_sources_need_the_most():
+    text = describe_run(load("tiny"), load_ds_config(ROOT / "ds_configs" / "cpu_zero2.json"), world=1)
+    longest, most = (float(re.search(rf"  {name} +([\d.]+) GiB", text)[1]) for name in ("in all", "in all, at most"))
+    assert 0 < longest < most
+
+
 def test_expert_shards_are_described():
     run = load("tiny", overrides=["train.expert_parallel_size=4"])
     text = describe_run(run, load_ds_config(ROOT / "ds_configs" / "cpu_zero2.json"), world=8)

@@ -121,10 +121,10 @@ class PackedLoader:
             source_tokens=sources, target_tokens=targets, loss_tokens=loss_tokens * samples.draws,
             fill=(sources + targets) / (self.rows_per_step * samples.row_tokens))
 
-    def stream(self, start_step: int = 0,
-               finish: Callable[[PackedBatch], Any] = lambda batch: batch) -> Iterator[tuple[StepInfo, list]]:
+    def stream(self, start_step: int = 0, finish: Callable[[int, PackedBatch], Any] = lambda step, batch: batch,
+               ) -> Iterator[tuple[StepInfo, list]]:
         """Steps from `start_step` on, without end, made ahead in a background thread, which also applies `finish` to
-        each micro-batch.
+        each step's number and micro-batch.
 
         Errors of the thread are raised here. Closing the iterator (or dropping it) ends the thread.
         """
@@ -143,7 +143,7 @@ class PackedLoader:
             try:
                 while not closed.is_set():
                     info, batches = self.step(step)
-                    put((info, [finish(batch) for batch in batches]))
+                    put((info, [finish(step, batch) for batch in batches]))
                     step += 1
             except BaseException as error:
                 put(error)

@@ -55,6 +55,12 @@ def check_saved_weights(backend: str, gated: bool) -> None:
     assert all(t._base is None and t.shape == by_memory[t.data_ptr()].shape for t in weights)
 
 
+def test_no_tokens_give_gradients_of_zeros():
+    y_ND, *grads = run("reference", [0, 0, 0, 0], True, torch.float32)
+    assert y_ND.shape == (0, 32) and [grad.shape for grad in grads[1:]] == [(4, 48, 32)] * 3
+    assert not any(grad.any() for grad in grads)
+
+
 @pytest.mark.parametrize("backend", ["cpu", "grouped_mm"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_nothing_saved_for_backward_is_a_view_of_a_weight(backend, gated):

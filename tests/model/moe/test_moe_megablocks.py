@@ -75,15 +75,12 @@ def test_equals_dmoe(megablocks, backend, gated, top_k, normalize, jitter):
                                    msg=lambda m, name=name: f"{name}: {m}")
 
 
-@pytest.mark.parametrize("counts", [*COUNTS.values(), [0, 0, 0, 0]], ids=[*COUNTS.keys(), "none"])
+@pytest.mark.parametrize("counts", COUNTS.values(), ids=COUNTS.keys())
 @pytest.mark.parametrize("gated", [True, False])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 3e-6), (torch.bfloat16, 1e-2)])
 def test_its_products_equal_the_reference(megablocks, dtype, tolerance, gated, counts):
     own, wanted = run("megablocks", counts, gated, dtype), run("reference", counts, gated, torch.float64)
-    if sum(counts):
-        assert relative(own, wanted) < tolerance
-    else:
-        assert [value.shape for value in own] == [value.shape for value in wanted] and not any(map(torch.any, own))
+    assert relative(own, wanted) < tolerance
 
 
 def run_layer(backend: str, tokens: int, dtype: torch.dtype) -> list[torch.Tensor]:

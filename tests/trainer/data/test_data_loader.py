@@ -183,11 +183,11 @@ def test_stream_reports_errors_and_ends_its_thread(samples, monkeypatch):
 
 def test_batches_are_finished_in_the_thread(samples):
     loader = PackedLoader(samples, rows_per_micro_batch=2, accumulation=2)
-    stream = loader.stream(3, lambda batch: (threading.current_thread().name, batch))
+    stream = loader.stream(3, lambda step, batch: (step, threading.current_thread().name, batch))
     info, finished = next(stream)
     stream.close()
-    assert info.step == 3 and [name for name, _ in finished] == ["data loader"] * 2
-    assert all(equal(batch, want) for (_, batch), want in zip(finished, loader.step(3)[1], strict=True))
+    assert info.step == 3 and [made[:2] for made in finished] == [(3, "data loader")] * 2
+    assert all(equal(batch, want) for (*_, batch), want in zip(finished, loader.step(3)[1], strict=True))
 
 
 def test_stream_works_ahead(samples, monkeypatch):
