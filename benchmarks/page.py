@@ -19,8 +19,8 @@ TITLES = {"attention": "Attention", "moe": "Experts", "step": "Training step", "
 
 _HEAD = """# Benchmarks
 
-Made by `make bench` from what `benchmarks/results/` holds; no figure is written by hand. All parts take about an
-hour on two quiet cores. A part that was measured on this machine with the same code is not measured again;
+Made by `make bench` from what `benchmarks/results/` holds; no figure is written by hand. All parts take 75
+minutes on two quiet cores. A part that was measured on this machine with the same code is not measured again;
 `make bench PART=step` asks for one part, `make bench AGAIN=1` for all anew. On a GPU machine `bash benchmarks/gpu.sh`
 checks the kernels and measures them in one call, without a network.
 
