@@ -10,5 +10,5 @@ def sent(x: Tensor, device: torch.device | str) -> Tensor:
     """x on `device`. To a GPU by way of page-locked memory: bytes of any other it takes only when it has done all that
     was asked of it before."""
     if torch.device(device).type == "cuda" and x.device.type == "cpu":
-        x = x.pin_memory()
+        x = x.contiguous().pin_memory()  # which cannot copy what is expanded
     return x.to(device, non_blocking=True)
